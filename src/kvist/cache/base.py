@@ -47,6 +47,9 @@ class EvictionPolicy(ABC):
     def hit(self, node: Node, now: float) -> None:
         """Every block of `node` was matched by the request being served."""
 
+    def touch(self, node: Node, now: float) -> None:
+        """`node` was seen again by the request being served (its insertion): recent, but no new hit."""
+
     def insert(self, node: Node, now: float) -> None:
         """`node` is new, all its blocks belong to the request being served."""
 
