@@ -29,6 +29,8 @@ from kvist.prefix.tree import Node, RadixTree
 
 _SCALAR_DRAWS = 24  # up to here, drawing one by one costs less than the vector operations
 
+_LARGE_KEY = 4096  # bytes of an edge from which evicted tokens' memory is freed before the edge goes
+
 Positions = np.ndarray[Any, np.dtype[np.int64]]
 
 
@@ -42,6 +44,7 @@ class LeafSampler:
         self._nodes: list[Node | None] = []
         self._left = np.zeros(64, np.int64)  # blocks left, per slot
         self._low = np.zeros(64, np.int64)  # at or below this many, the node itself needs a look
+        self._flag = np.zeros(64, np.bool_)
         self._heir: int | None = None  # slot that the next added node takes over
         self._drawing = False
 
@@ -59,13 +62,14 @@ class LeafSampler:
             if slot == len(self._left):
                 self._left = np.concatenate([self._left, np.zeros_like(self._left)])
                 self._low = np.concatenate([self._low, np.zeros_like(self._low)])
+                self._flag = np.zeros(len(self._left), np.bool_)
         node.slot = slot
         self.resize(node)
 
     def resize(self, node: Node) -> None:
         """Take the node's size over, after the tree changed it."""
         self._left[node.slot] = node.size
-        self._low[node.slot] = node.size // 2
+        self._low[node.slot] = node.size // 2 if len(node.key) > _LARGE_KEY else 0
 
     def settle(self, node: Node) -> None:
         """Write the size of a leaf in the set back to the node."""
@@ -124,20 +128,18 @@ class LeafSampler:
 
     def _replay(self, slots: Positions, low: Positions, touched: dict[Node, None] | None) -> int:
         """Put right the slots that ran low in a batch of draws; the number of draws to drop."""
+        left = self._left[low]
+        for slot, size in zip(low[left > 0].tolist(), left[left > 0].tolist(), strict=True):
+            node = self._at(slot)
+            node.size = size
+            self._tree.shrink_key(node)
+            self._low[slot] = size // 2
+        draws = self._positions(slots, low[left <= 0])
         queue: list[tuple[int, int]] = []  # (position of the draw that uses the slot up, slot)
-        draws: dict[int, Positions] = {}  # slot -> positions of its draws after that one
-        for slot in low.tolist():
-            left = int(self._left[slot])
-            if left > 0:
-                node = self._at(slot)
-                node.size = left
-                self._tree.shrink_key(node)
-                self._low[slot] = left // 2
-            else:
-                hits = np.flatnonzero(slots == slot)
-                size = left + len(hits)
-                queue.append((int(hits[size - 1]), slot))
-                draws[slot] = hits[size:]
+        for slot, hits in draws.items():
+            size = int(self._left[slot]) + len(hits)
+            queue.append((hits[size - 1], slot))
+            draws[slot] = hits[size:]
         heapify(queue)
         dropped, dead = 0, []
         while queue:
@@ -157,6 +159,16 @@ class LeafSampler:
         for slot in sorted(dead, reverse=True):
             self._close(slot)
         return dropped
+
+    def _positions(self, slots: Positions, wanted: Positions) -> dict[int, list[int]]:
+        """Where in `slots` each of the `wanted` slots was drawn, in order."""
+        self._flag[wanted] = True
+        at = np.flatnonzero(self._flag[slots])
+        self._flag[wanted] = False
+        positions: dict[int, list[int]] = {slot: [] for slot in wanted.tolist()}
+        for position, slot in zip(at.tolist(), slots[at].tolist(), strict=True):
+            positions[slot].append(position)
+        return positions
 
     def _at(self, slot: int) -> Node:
         node = self._nodes[slot]
