@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from random import Random
 from typing import ClassVar
@@ -65,9 +65,10 @@ class Ticket:
     worker: WorkerState
     decision: Decision
     routed_at: float
+    policy: RoutingPolicy  # the one that decided, which may not be the current one
     first_token_at: float | None = None
     done: bool = False
-    memo: list[float] = field(default_factory=list)  # the policy's own: features, reservation, …
+    memo: tuple[float, ...] = ()  # the policy's own: features, reservation, …
 
 
 class RoutingPolicy(ABC):

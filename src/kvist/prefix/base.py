@@ -1,0 +1,29 @@
+"""What a router asks of an index: how long a prefix of this prompt does each worker hold?"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from kvist.model import Query
+
+
+class PrefixKnowledge(Protocol):
+    """Workers are named by slot, a small non-negative integer. Lengths are in tokens."""
+
+    def add_worker(self, slot: int, capacity: int) -> None:
+        """A worker joins with nothing cached; `capacity` in tokens, 0 if unknown."""
+
+    def remove_worker(self, slot: int) -> None:
+        """Forget all that the worker held."""
+
+    def match(self, query: Query, slots: int) -> list[int]:
+        """Cached prompt tokens by slot, a list of `slots` integers."""
+
+    def routed(self, query: Query, slot: int) -> None:
+        """The query was sent to the worker, which will cache its prompt."""
+
+    def answered(self, query: Query, slot: int, cached: int | None) -> None:
+        """The query ended well; `cached` is the engine's own count of cached prompt tokens, if it told."""
+
+    def cached_tokens(self, slot: int) -> int:
+        """Tokens the worker is believed to hold."""

@@ -1,0 +1,175 @@
+"""The router's own index: one radix tree for all workers, fed by the router's own decisions.
+
+Each node carries the set of workers that hold it, as a bit mask over worker slots. What a worker holds is
+prefix-closed, so the mask of a child is a subset of its parent's and one walk down the prompt answers for all
+workers: whoever drops out at a node holds the prompt up to there. Cost follows the nodes on the path, not the
+prompt's blocks.
+
+Memory is bounded: each worker has a budget (its cache capacity where known) and its least recently used
+leaves go first, as an engine's would; an edge that nobody holds is freed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kvist.model import TOKEN_BYTES, Query
+from kvist.prefix.tree import Node, RadixTree
+
+DEFAULT_BUDGET = 4_000_000  # tokens a worker, where its capacity is unknown
+
+
+def bits(mask: int) -> Iterator[int]:
+    """Positions of the set bits, lowest first."""
+    while mask:
+        low = mask & -mask
+        yield low.bit_length() - 1
+        mask ^= low
+
+
+class PrefixIndex:
+    """See `kvist.prefix.base.PrefixKnowledge`.
+
+    unit: bytes a token of the prompts (1: UTF-8 text). block_size: tokens; matches are whole blocks.
+    units_per_token: prompt units that make one token of a worker's capacity (about 4 for text).
+    budget: tokens to remember for a worker of unknown capacity.
+    """
+
+    def __init__(
+        self,
+        *,
+        unit: int = TOKEN_BYTES,
+        block_size: int = 1,
+        units_per_token: int = 1,
+        budget: int = DEFAULT_BUDGET,
+    ) -> None:
+        if block_size < 1:
+            raise ValueError(f"block_size must be at least 1 token, not {block_size}")
+        if budget < block_size:
+            raise ValueError(f"budget must be at least one block of {block_size} tokens, not {budget}")
+        self.block_size = block_size
+        self.budget = budget
+        self.units_per_token = units_per_token
+        self.tree = RadixTree(unit * block_size, self)
+        self._lru: dict[
+            int, dict[Node, None]
+        ] = {}  # per worker, least recently used first, leaves before parents
+        self._held: dict[int, int] = {}  # blocks
+        self._limit: dict[int, int] = {}
+
+    def add_worker(self, slot: int, capacity: int) -> None:
+        if slot in self._lru:
+            self.remove_worker(slot)
+        self._lru[slot] = {}
+        self._held[slot] = 0
+        self._limit[slot] = max((capacity or self.budget) * self.units_per_token // self.block_size, 1)
+
+    def remove_worker(self, slot: int) -> None:
+        while self._lru[slot]:
+            self._forget(next(iter(self._lru[slot])), slot)
+        del self._lru[slot], self._held[slot], self._limit[slot]
+
+    def cached_tokens(self, slot: int) -> int:
+        return self._held[slot] * self.block_size
+
+    def match(self, query: Query, slots: int) -> list[int]:
+        cached = [0] * slots
+        walk = self.tree.walk(query.prompt, query.salt)
+        path = walk.path
+        if walk.partial is not None and walk.part:
+            path.append(walk.partial)
+        if not path:
+            return cached
+        holders: int = path[0].state
+        depth = 0
+        for node in path:
+            still = holders & node.state
+            if still != holders:
+                for slot in bits(holders ^ still):
+                    cached[slot] = depth
+                holders = still
+            depth += (walk.part if node is walk.partial else node.size) * self.block_size
+        for slot in bits(holders):
+            cached[slot] = depth
+        return cached
+
+    def routed(self, query: Query, slot: int) -> None:
+        """Hold the prompt's whole blocks for the worker and make them its most recently used."""
+        tree, prompt = self.tree, query.prompt
+        lru, bit = self._lru[slot], 1 << slot
+        walk = tree.walk(prompt, query.salt)
+        path, offset = walk.path, walk.offset
+        if walk.part:
+            assert walk.partial is not None
+            path.append(tree.split(walk.partial, walk.part))
+            offset += walk.part * tree.stride
+        end = len(prompt) - len(prompt) % tree.stride
+        if offset < end:
+            leaf = tree.append(path[-1] if path else tree.root, prompt, offset, end, query.salt)
+            leaf.state = 0
+            path.append(leaf)
+        for node in reversed(path):  # leaf first: the front of the order is always a leaf of this worker
+            if node.state & bit:
+                del lru[node]
+            else:
+                node.state |= bit
+                self._held[slot] += node.size
+            lru[node] = None
+        while self._held[slot] > self._limit[slot] and lru:
+            self._forget(next(iter(lru)), slot)
+
+    def answered(self, query: Query, slot: int, cached: int | None) -> None:
+        """Use the truth: what the engine no longer had, its extensions are gone too.
+
+        The prompt itself was just cached again, so only what branches off it beyond `cached` is forgotten.
+        """
+        if cached is None or slot not in self._lru:
+            return
+        bit = 1 << slot
+        walk = self.tree.walk(query.prompt, query.salt)
+        depth = 0
+        for i, node in enumerate(walk.path):
+            depth += node.size * self.block_size
+            if depth <= cached or not node.state & bit:
+                continue
+            after = walk.path[i + 1] if i + 1 < len(walk.path) else None
+            for child in list(node.children.values()):
+                if child is not after and child.state & bit:
+                    self._forget_below(child, slot)
+
+    def _forget_below(self, node: Node, slot: int) -> None:
+        bit = 1 << slot
+        stack, order = [node], []
+        while stack:
+            at = stack.pop()
+            order.append(at)
+            stack.extend(child for child in at.children.values() if child.state & bit)
+        for at in reversed(order):
+            self._forget(at, slot)
+
+    def _forget(self, node: Node, slot: int) -> None:
+        """The worker no longer holds `node`, which is a leaf among what it holds."""
+        del self._lru[slot][node]
+        self._held[slot] -= node.size
+        node.state &= ~(1 << slot)
+        if not node.state:  # nobody holds it, so nobody holds what is below: it is a leaf
+            self.tree.total -= node.size
+            self.tree.unlink(node)
+
+    # The tree's observer.
+    def split(self, upper: Node, lower: Node) -> None:
+        upper.state = lower.state
+        for slot in bits(lower.state):
+            self._lru[slot][upper] = None  # behind its child, so leaves still go first
+
+    def candidate(self, node: Node) -> None:
+        pass
+
+    def retract(self, node: Node) -> None:
+        pass
+
+    def remove(self, node: Node) -> None:
+        pass
+
+    def settle(self, node: Node) -> None:
+        pass

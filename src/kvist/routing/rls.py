@@ -1,0 +1,113 @@
+"""Recursive least squares with forgetting, made safe for live traffic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import isfinite, sqrt
+
+_CLIP = 3.0  # a residual counts no more than this many times the usual error (Huber)
+_SETTLING = 8  # observations before the usual error is trusted
+
+
+class RecursiveLeastSquares:
+    """y ~ theta . x for a few features, in plain Python (a numpy call costs more than the 4 x 4 arithmetic).
+
+    prior: theta before any observation. spread: standard deviation of each coefficient's prior, in units of
+    the observation noise. forgetting: weight of the past per observation. bounds: each coefficient is kept
+    inside its own; none may be below 0. Non-finite observations are ignored; outliers are clipped; the
+    covariance never grows above its start, so a quiet direction does not blow up under forgetting.
+    """
+
+    def __init__(
+        self,
+        prior: Sequence[float],
+        spread: Sequence[float],
+        bounds: Sequence[tuple[float, float]],
+        forgetting: float,
+    ) -> None:
+        if not 0 < forgetting <= 1:
+            raise ValueError(f"forgetting must lie in (0, 1], not {forgetting}")
+        self.theta = list(prior)
+        self.bounds = list(bounds)
+        self.forgetting = forgetting
+        self.observations = 0
+        self.error = 0.0  # running mean of |residual|, the usual error
+        self._start = [s * s for s in spread]
+        n = len(self.theta)
+        self.covariance = [[self._start[i] if i == j else 0.0 for j in range(n)] for i in range(n)]
+
+    def predict(self, x: Sequence[float]) -> float:
+        return sum(t * v for t, v in zip(self.theta, x, strict=True))
+
+    def update(self, x: Sequence[float], y: float) -> None:
+        """Learn one observation."""
+        residual = y - self.predict(x)
+        if not isfinite(residual):
+            return
+        self.observations += 1
+        size = abs(residual)
+        if self.observations > _SETTLING:
+            limit = _CLIP * self.error
+            if size > limit:
+                residual = limit if residual > 0 else -limit
+                size = min(size, 2 * limit)  # a lasting change raises the usual error step by step
+            self.error += 0.05 * (size - self.error)
+        else:
+            self.error += (size - self.error) / self.observations
+        rows = self.covariance
+        px = [sum(p * v for p, v in zip(row, x, strict=True)) for row in rows]
+        scale = self.forgetting + sum(p * v for p, v in zip(px, x, strict=True))
+        if not isfinite(scale) or scale <= 0:
+            return
+        for i, (t, p) in enumerate(zip(self.theta, px, strict=True)):
+            low, high = self.bounds[i]
+            self.theta[i] = min(max(t + p / scale * residual, low), high)
+        for i, row in enumerate(rows):
+            for j in range(len(row)):
+                row[j] = (row[j] - px[i] * px[j] / scale) / self.forgetting
+        self._bound_covariance()
+
+    def _bound_covariance(self) -> None:
+        """Shrink rows and columns whose variance passed its start; keeps the matrix positive definite."""
+        rows = self.covariance
+        for i, most in enumerate(self._start):
+            if rows[i][i] > most:
+                factor = sqrt(most / rows[i][i])
+                for j in range(len(rows)):
+                    rows[i][j] *= factor
+                    rows[j][i] *= factor
+
+    def dump(self) -> dict[str, object]:
+        return {
+            "theta": list(self.theta),
+            "covariance": [list(row) for row in self.covariance],
+            "error": self.error,
+            "observations": self.observations,
+        }
+
+    def load(self, state: dict[str, object]) -> None:
+        """Raises ValueError naming the field if the state does not fit."""
+        n = len(self.theta)
+        theta, rows = state.get("theta"), state.get("covariance")
+        error, observations = state.get("error"), state.get("observations")
+        if not _numbers(theta, n):
+            raise ValueError(f"theta: {n} finite numbers expected")
+        if not isinstance(rows, list) or len(rows) != n or not all(_numbers(row, n) for row in rows):
+            raise ValueError(f"covariance: {n} x {n} finite numbers expected")
+        if not isinstance(error, (int, float)) or not isfinite(error) or error < 0:
+            raise ValueError("error: a non-negative number expected")
+        if not isinstance(observations, int) or observations < 0:
+            raise ValueError("observations: a count expected")
+        assert isinstance(theta, list)
+        bounded = zip(theta, self.bounds, strict=True)
+        self.theta = [min(max(float(t), low), high) for t, (low, high) in bounded]
+        self.covariance = [[float(v) for v in row] for row in rows]
+        self.error, self.observations = float(error), observations
+
+
+def _numbers(value: object, n: int) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == n
+        and all(isinstance(v, (int, float)) and isfinite(v) for v in value)
+    )
