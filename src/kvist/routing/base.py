@@ -19,7 +19,7 @@ from kvist.model import Query, WorkerState
 
 @dataclass(slots=True)
 class Candidate:
-    """One worker as a choice for one query: `cached` is h_ij in tokens, as the router's index estimates it."""
+    """One worker as a choice for one query: `cached` is h_ij in tokens, as the router's index has it."""
 
     worker: WorkerState
     cached: int
@@ -48,7 +48,7 @@ class Status(StrEnum):
 
 @dataclass(slots=True)
 class Outcome:
-    """How a routed request ended. Times in seconds; None where unknown (no truth from the engine, no stream)."""
+    """How a routed request ended. Times in seconds; None where unknown (no stream, no count)."""
 
     status: Status = Status.OK
     latency: float | None = None  # routed -> last token
