@@ -36,7 +36,7 @@ class Router:
         return self._workers[worker_id].worker
 
     def add_worker(self, worker_id: str, now: float = 0.0, *, capacity: int = 0) -> WorkerState:
-        """A worker joins, with `capacity` tokens of KV cache (0: unknown). Raises ValueError for a known id."""
+        """A worker joins; `capacity` in tokens, 0 if unknown. Raises ValueError for a known id."""
         if worker_id in self._workers:
             raise ValueError(f"worker {worker_id!r} is there already")
         if self._free_slots:
