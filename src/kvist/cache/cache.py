@@ -95,8 +95,19 @@ class PrefixCache:
 
     def peek(self, prompt: bytes, salt: bytes = b"") -> int:
         """Tokens of the longest cached prefix; changes nothing a policy could see."""
+        return self.probe(prompt, salt)[0]
+
+    def probe(self, prompt: bytes, salt: bytes = b"") -> tuple[int, int]:
+        """Tokens of the longest cached prefix, and how many of its blocks no request locks yet."""
         walk = self.tree.walk(prompt, salt)
-        return (walk.offset // self.stride + walk.part) * self.block_size
+        blocks, unlocked = walk.part, 0
+        if walk.partial is not None and not walk.partial.locks:
+            unlocked = walk.part
+        for node in walk.path:
+            blocks += node.size
+            if not node.locks:
+                unlocked += node.size
+        return blocks * self.block_size, unlocked
 
     def match(self, prompt: bytes, now: float, salt: bytes = b"", query: Query | None = None) -> Match:
         """Find the longest cached prefix for a request that is about to be served, and tell the policy."""
