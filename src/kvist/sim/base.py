@@ -77,7 +77,7 @@ class SimConfig:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A distribution of times in seconds; quantiles are within 0.5 % of the exact ones. 0 where count is 0."""
+    """A distribution of times in seconds; quantiles within 0.5 % of exact. All 0 without any."""
 
     count: int = 0
     mean: float = 0.0
