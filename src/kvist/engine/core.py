@@ -59,7 +59,7 @@ class Engine:
         self.running: dict[Request, None] = {}  # in order of admission
         self._prefilling: list[Request] = []
         self._ending: list[Request] = []  # prefills that complete with the step under way
-        self._stepping = False
+        self.stepping = False  # between begin_step and end_step
         self._blocked = False  # the next waiting request did not fit, and nothing has changed since
         # Decoding sequences, all together.
         self._tick = 0  # steps done
@@ -123,7 +123,7 @@ class Engine:
         one that ends a request, with the same result as one by one. The host promises not to submit or abort
         before `until`. Raises ValueError while a step is under way.
         """
-        if self._stepping:
+        if self.stepping:
             raise ValueError("begin_step before the end_step of the step under way")
         if not self.running and not self.waiting:
             return None
@@ -152,7 +152,7 @@ class Engine:
         assert chunked or decodes, "with nothing running, the next request fits"
         kv = self._decode_kv + decodes
         end = now + self.profile.step(chunked + decodes, work, kv, decodes)
-        self._stepping = True
+        self.stepping = True
         stats = self.stats
         stats.steps += 1
         if chunked:
@@ -165,7 +165,7 @@ class Engine:
     def end_step(self, now: float) -> StepResult:
         """The step is over: tokens are out, requests that have all of theirs end."""
         result = StepResult()
-        self._stepping = False
+        self.stepping = False
         if self.stream:
             result.decoded = [request for request in self.running if request.state is State.DECODE]
         self._tick += 1
@@ -340,7 +340,7 @@ class Engine:
         self._decodes -= 1
         self._decode_kv -= context + done
         self._needs[(context - request.joined) % self.cache.block_size] -= 1
-        written = context + done + self._stepping  # the step under way has its blocks already
+        written = context + done + self.stepping  # the step under way has its blocks already
         request.reserved += self._blocks(written) - self._blocks(context)
         return request.generated + done
 

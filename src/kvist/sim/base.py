@@ -39,7 +39,8 @@ class SimConfig:
     router_params: dict[str, Any] = field(default_factory=dict)
     eviction: str = "rlt"
     eviction_params: dict[str, Any] = field(default_factory=dict)
-    order: str = "fcfs"  # of the engines' waiting queues
+    order: str = "fcfs"  # of the engines' waiting queues, see kvist.engine.order
+    order_params: dict[str, Any] = field(default_factory=dict)
     workers: int = 4  # alike; `fleet` overrides
     fleet: tuple[WorkerSpec, ...] = ()
     profile: str = DEFAULT_PROFILE  # a shipped profile or the path of a TOML file
