@@ -21,6 +21,8 @@ LAYERS = [
     "plugins",
     "optimum",
     "theory",
+    "bench",
+    "cachebench",
     "report",
     "demo",
     "cli",

@@ -27,7 +27,7 @@ class LooGLE(Workload):
     description = "Long-document question answering; FILE: LooGLE's JSON lines."
     source = "paper section 4; bigai-nlco/LooGLE"
     params = {
-        "documents": "number of documents (512, or what FILE gives), cut in turn to 1024, 2048, 4096, 8192 tokens",
+        "documents": "documents (512, or what FILE gives), cut in turn to 1024, 2048, 4096, 8192 tokens",
         "output": "output tokens (4)",
     }
 

@@ -1,0 +1,101 @@
+"""`kvist bench`: the simulator over a grid of routers, evictions, rates and workloads."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from kvist.cli.options import Config, Jobs, Json, Out, Seed, listed, numbers
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(bench)
+
+
+def bench(
+    workload: Annotated[
+        list[str],
+        typer.Option(help="gsp, sharegpt, ultrachat, loogle or trace, as name[:FILE][:key=value,…]."),
+    ] = ["gsp"],
+    routers: Annotated[list[str], typer.Option(help="Routing policies (kvist policies lists them).")] = [
+        "lbgr,cache_aware,lmetric,kv_score,least_load,random"
+    ],
+    evictions: Annotated[list[str], typer.Option(help="Eviction policies.")] = ["l-lru,rlt"],
+    rates: Annotated[
+        list[str] | None, typer.Option(help="Requests/s; without it each workload's own rate.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Workers in the cluster.")] = 4,
+    profile: Annotated[
+        list[str], typer.Option(help="GPU and model: shipped names or .toml paths, dealt round the workers.")
+    ] = ["llama-3.1-8b-l40"],
+    kv_tokens: Annotated[int | None, typer.Option(min=1, help="KV cache of a worker in tokens.")] = None,
+    block_size: Annotated[int, typer.Option(min=1, help="Tokens a block: 1 as SGLang, 16 as vLLM.")] = 1,
+    order: Annotated[str, typer.Option(help="Order of the engines' waiting queues.")] = "fcfs",
+    kv_events: Annotated[bool, typer.Option(help="The router knows the caches by their events.")] = False,
+    slo_ttft: Annotated[float, typer.Option(help="Seconds to the first token that count as good.")] = 2.0,
+    slo_tpot: Annotated[float, typer.Option(help="Seconds a further token that count as good.")] = 0.1,
+    warmup: Annotated[int, typer.Option(min=0, help="First requests that count in no metric.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each cell, for confidence intervals.")] = 1,
+    bound: Annotated[
+        bool, typer.Option(help="Compare the busiest worker's time with a lower bound for any policy.")
+    ] = False,
+    seed: Seed = 0,
+    jobs: Jobs = 1,
+    out: Out = None,
+    as_json: Json = False,
+    config: Config = None,
+) -> None:
+    """Compare pairs of routing and eviction policies on a simulated cluster."""
+    import msgspec
+    from rich.console import Console
+
+    from kvist.bench import Cell, run
+    from kvist.cache import EVICTIONS
+    from kvist.cli.progress import progress
+    from kvist.engine.latency import load_profile
+    from kvist.report.bench import write
+    from kvist.report.table import bench_tables
+    from kvist.routing import ROUTERS
+    from kvist.sim import SimConfig
+    from kvist.sim.base import WorkerSpec
+    from kvist.workloads import make_workload
+
+    profiles = listed(profile, "--profile")
+    for name in profiles:
+        load_profile(name)
+    fleet = tuple(WorkerSpec(f"w{i}", profile=profiles[i % len(profiles)]) for i in range(workers))
+    paces: list[float | None] = [None] if rates is None else [*numbers(rates, "--rates")]
+    names = listed(evictions, "--evictions", [name for name in EVICTIONS if name != "belady"])
+    cells = []
+    for spec in workload:
+        make_workload(spec, seed=seed)  # a wrong spec shows before anything runs
+        for rate in paces:
+            for router in listed(routers, "--routers", list(ROUTERS)):
+                for eviction in names:
+                    setup = SimConfig(
+                        router=router,
+                        eviction=eviction,
+                        order=order,
+                        fleet=fleet,
+                        kv_tokens=kv_tokens,
+                        block_size=block_size,
+                        kv_events=kv_events,
+                        slo_ttft=slo_ttft,
+                        slo_tpot=slo_tpot,
+                        warmup=warmup,
+                        seed=seed,
+                    )
+                    cells.append(Cell(spec, rate, setup, bound))
+    with progress(len(cells) * seeds, "simulating") as advance:
+        rows = run(cells, seeds, jobs, advance)
+    if out is not None:
+        write(rows, out)
+    if as_json:
+        typer.echo(msgspec.json.encode([row.to_dict() for row in rows]).decode())
+        return
+    console = Console()
+    for table in bench_tables(rows):
+        console.print(table)
+    if out is not None:
+        console.print(f"report: {out / 'report.html'}")

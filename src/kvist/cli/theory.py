@@ -1,0 +1,70 @@
+"""`kvist theory`: competitive ratios against cache size."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from kvist.cli.options import Config, Json, Out, listed, numbers
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(theory)
+
+
+def theory(
+    sizes: Annotated[list[str], typer.Option(help="Cache sizes in tokens.")] = [
+        "10,30,100,300,1000,3000,10000"
+    ],
+    policies: Annotated[list[str], typer.Option(help="Eviction policies.")] = ["l-lru,rlt"],
+    rounds: Annotated[int, typer.Option(min=2, help="Times the adversary goes round.")] = 6,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds to average randomized policies over.")] = 3,
+    out: Out = None,
+    as_json: Json = False,
+    config: Config = None,
+) -> None:
+    """Measure the cost of L-LRU and RLT over the offline optimum's, on the adversary's sequence."""
+    from dataclasses import asdict
+
+    import msgspec
+    from rich.console import Console
+    from rich.table import Table
+
+    from kvist.cache import EVICTIONS
+    from kvist.theory import fit, measure
+
+    names = listed(policies, "--policies", list(EVICTIONS))
+    rows = measure([int(n) for n in numbers(sizes, "--sizes")], names, rounds=rounds, seeds=seeds)
+    fits = {
+        name: {shape: fit(rows, name, shape) for shape in ("linear", "log")} if len(rows) > 1 else {}
+        for name in names
+    }
+    data = {
+        "rows": [asdict(row) for row in rows],
+        "fits": {name: {shape: asdict(f) for shape, f in by.items()} for name, by in fits.items()},
+    }
+    if out is not None:
+        from kvist.report.theory import write
+
+        write(rows, names, data, out)
+    if as_json:
+        typer.echo(msgspec.json.encode(data).decode())
+        return
+    table = Table(title="Misses over the offline optimum's, on the adversary's sequence")
+    table.add_column("cache tokens", justify="right")
+    for name in names:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(f"{row.n:,}", *(f"{row.ratios[name]:.2f}" for name in names))
+    console = Console()
+    console.print(table)
+    for name, by in fits.items():
+        if not by:
+            continue
+        shape = max(by, key=lambda s: by[s].r2)
+        of = "n" if shape == "linear" else "ln n"
+        best = by[shape]
+        console.print(
+            f"{name}: grows like {of} (ratio = {best.slope:.3g} {of} {best.intercept:+.2f}, R2 {best.r2:.4f})"
+        )

@@ -1,0 +1,1 @@
+"""Results for people: tables (Rich), plots (matplotlib), one self-contained HTML page."""
