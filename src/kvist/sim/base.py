@@ -62,6 +62,14 @@ class SimConfig:
             raise ValueError(f"workers must be at least 1, not {self.workers}")
         if len({spec.id for spec in self.fleet}) != len(self.fleet):
             raise ValueError("fleet: two workers have the same id")
+        for spec in self.fleet:
+            if spec.leaves is not None and spec.leaves <= spec.joins:
+                raise ValueError(
+                    f"worker {spec.id}: leaves ({spec.leaves}) must be after joins ({spec.joins})"
+                )
+        for tokens in (self.kv_tokens, *(spec.kv_tokens for spec in self.fleet)):
+            if tokens is not None and tokens < 1:
+                raise ValueError(f"kv_tokens must be at least 1, not {tokens}")
         for name in ("slo_ttft", "slo_tpot"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0 seconds, not {getattr(self, name)}")
