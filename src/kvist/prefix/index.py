@@ -160,7 +160,13 @@ class PrefixIndex:
     def split(self, upper: Node, lower: Node) -> None:
         upper.state = lower.state
         for slot in bits(lower.state):
-            self._lru[slot][upper] = None  # behind its child, so leaves still go first
+            lru = self._lru[slot]
+            lru[upper] = None  # behind its child, so leaves still go first; and its ancestors behind it
+            above = upper.parent
+            while above is not None and above.parent is not None:
+                del lru[above]
+                lru[above] = None
+                above = above.parent
 
     def candidate(self, node: Node) -> None:
         pass
