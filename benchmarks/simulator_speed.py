@@ -20,7 +20,7 @@ from kvist.model import Query
 from kvist.sim import SimConfig, simulate
 from kvist.workloads.gsp import GSP
 
-POLICIES = (("cache_aware", "l-lru"), ("cache_aware", "rlt"), ("lbgr", "rlt"), ("random", "rlt"))
+POLICIES = (("cache_aware", "l-lru"), ("cache_aware", "rlt"), ("lbgr", "rlt"))
 
 
 class Timed:
@@ -79,7 +79,7 @@ def measure(router: str, eviction: str, repeats: int) -> Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--repeats", type=int, nargs="+", default=[1, 5], help="trace lengths, in 4096 requests"
+        "--repeats", type=int, nargs="+", default=[4, 16], help="trace lengths, in 4096 requests"
     )
     lengths = parser.parse_args().repeats
     print("router       eviction  requests   req/s + prompts  peak MiB   hits")

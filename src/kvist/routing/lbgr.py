@@ -5,41 +5,55 @@ For every worker the end-to-end latency of this query is predicted, and the smal
     intercept + a_cached * cached + a_miss * uncached + w * load
 
 All four coefficients are learned online, per worker, by recursive least squares with forgetting. `load` is
-the worker's queue in seconds of service: on routing, the query's estimated service time is added; it decays
-exponentially; on completion, failure or cancellation what is left of it is given back. The decay's half-life
-is the worker's own usual latency, so that a reservation fades over about the life of the request behind it.
+the worker's queue: on routing, the query's service is added; it decays exponentially; on completion, failure
+or cancellation what is left of it is given back. The decay's half-life is the worker's own usual latency, so
+that a reservation fades over about the life of the request behind it.
+
+Service is reserved in fixed units (thousands of uncached tokens, a cached one counting little), not in
+learned seconds: if the load were measured by the coefficients that are learned from it, both could grow
+without end. The learned weight of the load turns it into the worker's seconds.
+
+Two things go beyond the paper:
+- The fleet teaches each worker. A worker predicts with the geometric mean of its own coefficients and the
+  fleet's mean ones: noise in one worker's few observations is halved, a lasting difference in speed stays.
+- A congestion price. Greedy routing by one's own latency replicates a prefix whenever that saves this query
+  a moment, and every token computed twice delays all who wait. A query's uncached tokens are charged for
+  that: their cost, times the mean number of requests in flight on a worker. Idle workers charge nothing.
+  `congestion=0` is the rule as published.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf, isfinite
+from math import inf, isfinite, sqrt
 from random import Random
 
 from kvist.model import Query, WorkerState
 from kvist.routing.base import Candidate, Decision, Outcome, RoutingPolicy, Status, Ticket
 from kvist.routing.rls import RecursiveLeastSquares
 
-# Seconds, seconds per 1000 cached and uncached tokens, seconds per second of load: an H100-class worker with
-# an 8B model is about 0.02 s per 1000 tokens, an L40 0.14 s; the first answers settle which it is.
-PRIOR = (0.02, 0.002, 0.08, 1.0)
-SPREAD = (0.3, 0.1, 1.0, 1.0)
-BOUNDS = ((0.0, inf), (0.0, inf), (1e-6, inf), (0.1, 10.0))
+# Seconds; seconds per 1000 cached, uncached and reserved tokens. An H100-class worker with an 8B model needs
+# about 0.02 s per 1000 uncached tokens, an L40 0.14 s; the first answers settle which it is.
+PRIOR = (0.02, 0.002, 0.08, 0.08)
+SPREAD = (0.5, 0.2, 0.5, 0.5)
+BOUNDS = ((0.0, inf), (0.0, inf), (1e-5, inf), (1e-4, inf))
+RESERVED = (0.1, 0.02)  # reserved for any request, and for 1000 cached tokens, in 1000 uncached tokens
 SHORTEST_HALF_LIFE = 0.1  # seconds
 
 
 class _Worker:
     """What LBGR knows of one worker."""
 
-    __slots__ = ("at", "clock", "latency", "load", "model", "state")
+    __slots__ = ("at", "clock", "latency", "load", "model", "state", "used")
 
     def __init__(self, model: RecursiveLeastSquares, now: float, state: WorkerState) -> None:
         self.model = model
         self.state = state
-        self.load = 0.0  # seconds of service, as of `at`
+        self.load = 0.0  # reserved service as of `at`, in 1000 uncached tokens
         self.at = now
         self.clock = 0.0  # half-lives passed
         self.latency = 1.0  # usual latency, seconds
+        self.used = tuple(model.theta)  # the coefficients it predicts with
 
     def decay(self, now: float) -> None:
         if now > self.at:
@@ -57,6 +71,7 @@ class LBGR(RoutingPolicy):
     params = {
         "objective": "what is predicted: `latency` (end to end) or `ttft`",
         "forgetting": "weight of the past per observation (0.99)",
+        "congestion": "price of delaying others, in mean requests in flight (1.0); 0: as published",
     }
 
     def __init__(
@@ -64,15 +79,21 @@ class LBGR(RoutingPolicy):
         *,
         objective: str = "latency",
         forgetting: float = 0.99,
+        congestion: float = 1.0,
         rng: Random | None = None,
     ) -> None:
         super().__init__(rng=rng)
         if objective not in ("latency", "ttft"):
             raise ValueError(f"objective must be latency or ttft, not {objective!r}")
+        if not 0 <= congestion < inf:
+            raise ValueError(f"congestion must be at least 0, not {congestion}")
         self.objective = objective
+        self.congestion = congestion
         self.forgetting = forgetting
+        self._reason = f"smallest predicted {objective}" + (" + congestion price" if congestion else "")
         self._model()  # a wrong `forgetting` shows now
         self._workers: dict[str, _Worker] = {}
+        self._sum = [0.0] * len(PRIOR)  # of the workers' coefficients
         self._restored: dict[str, dict[str, object]] = {}
 
     def _model(self) -> RecursiveLeastSquares:
@@ -80,45 +101,51 @@ class LBGR(RoutingPolicy):
 
     def worker_added(self, worker: WorkerState, now: float) -> None:
         """A new worker starts from what it knew before a restart, else from its fellows' mean."""
+        self.worker_removed(worker, now)
         model = self._model()
-        known = [own.model for own in self._workers.values() if own.model.observations]
         if worker.id in self._restored:
             model.load(self._restored.pop(worker.id))
-        elif known:
-            columns = zip(*(other.theta for other in known), strict=True)
-            model.theta = [sum(column) / len(known) for column in columns]
+        elif any(own.model.observations for own in self._workers.values()):
+            model.theta = [total / len(self._workers) for total in self._sum]
         self._workers[worker.id] = _Worker(model, now, worker)
+        self._sum = [total + own for total, own in zip(self._sum, model.theta, strict=True)]
 
     def worker_removed(self, worker: WorkerState, now: float) -> None:
-        self._workers.pop(worker.id, None)
+        gone = self._workers.pop(worker.id, None)
+        if gone is not None:
+            self._sum = [total - own for total, own in zip(self._sum, gone.model.theta, strict=True)]
 
     def choose(self, query: Query, candidates: Sequence[Candidate], now: float) -> Decision:
         length = query.length
-        best, chosen, ties = inf, candidates[0], 0
+        waiting = sum([candidate.worker.in_flight for candidate in candidates]) / len(candidates)
+        price = self.congestion * waiting * self._sum[2] / len(self._workers)
+        best, chosen, ties = inf, 0, 0
         scores = []
-        for candidate in candidates:
+        for i, candidate in enumerate(candidates):
             own = self._workers[candidate.worker.id]
             if now > own.at:
                 own.decay(now)
-            base, per_cached, per_miss, per_load = own.model.theta
+            base, per_cached, per_miss, per_load = own.used
             cached = candidate.cached
-            score = base + (per_cached * cached + per_miss * (length - cached)) / 1000 + per_load * own.load
+            miss = (length - cached) / 1000
+            score = base + per_cached * cached / 1000 + (per_miss + price) * miss + per_load * own.load
             scores.append(score)
             if score < best:
-                best, chosen, ties = score, candidate, 1
+                best, chosen, ties = score, i, 1
             elif score == best:  # cold start: equals share the load
                 ties += 1
                 if self.rng.random() * ties < 1:
-                    chosen = candidate
-        return Decision(chosen.worker.id, chosen.cached, best, scores, "smallest predicted " + self.objective)
+                    chosen = i
+        candidate = candidates[chosen]
+        predicted = best - price * (length - candidate.cached) / 1000
+        return Decision(candidate.worker.id, candidate.cached, predicted, scores, self._reason)
 
     def dispatched(self, ticket: Ticket, now: float) -> None:
         own = self._workers[ticket.worker.id]
         own.decay(now)
         cached = ticket.decision.cached / 1000
         miss = ticket.query.length / 1000 - cached
-        base, per_cached, per_miss, _ = own.model.theta
-        service = base + per_cached * cached + per_miss * miss
+        service = RESERVED[0] + RESERVED[1] * cached + miss
         ticket.memo = (cached, miss, own.load, service, own.clock)
         own.load += service
         own.state.load = own.load
@@ -136,8 +163,19 @@ class LBGR(RoutingPolicy):
         seen = outcome.ttft if self.objective == "ttft" and outcome.ttft is not None else outcome.latency
         if outcome.status is not Status.OK or seen is None or not isfinite(seen) or seen < 0:
             return
-        own.model.update((1.0, cached, miss, load), seen)
+        self._learn(own, (1.0, cached, miss, load), seen)
         own.latency += 0.05 * (min(seen, 10 * own.latency) - own.latency)
+
+    def _learn(self, own: _Worker, features: tuple[float, ...], seen: float) -> None:
+        before = own.model.theta[:]
+        own.model.update(features, seen)
+        n = len(self._workers)
+        for i, (old, new) in enumerate(zip(before, own.model.theta, strict=True)):
+            self._sum[i] += new - old
+        own.used = tuple(
+            sqrt(max(coefficient * total / n, 0.0))
+            for coefficient, total in zip(own.model.theta, self._sum, strict=True)
+        )
 
     def snapshot(self) -> dict[str, object]:
         return {worker_id: own.model.dump() for worker_id, own in self._workers.items()}
@@ -151,7 +189,7 @@ class LBGR(RoutingPolicy):
                 self._model().load(dump)
             except ValueError as error:
                 raise ValueError(f"{worker_id}.{error}") from None
-            if worker_id in self._workers:
-                self._workers[worker_id].model.load(dump)
-            else:
-                self._restored[worker_id] = dump
+            self._restored[worker_id] = dump
+            own = self._workers.get(worker_id)
+            if own is not None:
+                self.worker_added(own.state, own.at)
