@@ -8,8 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from kvist.cli import app, fidelity
+from kvist.engine.measured import read_log
 from kvist.sim.base import SimConfig
-from kvist.sim.fidelity import compare, read_log, read_prompts, replay
+from kvist.sim.fidelity import compare, read_prompts, replay
 
 TRACES = Path(__file__).parents[2] / "shared" / "traces"
 LOG = TRACES / "vllm_groundtruth_llama31-8b_RTX4090.jsonl"

@@ -37,8 +37,9 @@ def fidelity(
     from rich.console import Console
     from rich.table import Table
 
+    from kvist.engine.measured import read_log
     from kvist.sim.base import SimConfig
-    from kvist.sim.fidelity import compare, read_log, read_prompts, replay
+    from kvist.sim.fidelity import compare, read_prompts, replay
 
     measured = read_log(log)
     prompts = read_prompts(requests, measured) if requests is not None else None

@@ -135,3 +135,12 @@ def _parse(content: str, file: str) -> LatencyProfile:
         raise ValueError(f"{file}: not valid TOML: {error}") from None
     except (msgspec.ValidationError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from None
+
+
+def to_toml(profile: LatencyProfile) -> str:
+    """The profile as a TOML file that `load_profile` reads."""
+    lines = []
+    for name, value in msgspec.structs.asdict(profile).items():
+        if value is not None:
+            lines.append(f"{name} = {msgspec.json.encode(value).decode()}")  # a TOML scalar, too
+    return "\n".join(lines) + "\n"

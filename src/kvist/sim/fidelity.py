@@ -1,9 +1,7 @@
 """The engine model beside a real engine: replay a measured run and compare.
 
-A log is JSON lines, one request each, in the format of LLMServingSim's vLLM runs: `input_toks` and
-`output_toks`, and on the engine's clock in seconds `queued_ts`, `first_token_ts` and `last_token_ts`. Prompts
-come from a second file of JSON lines, in the same order, with `input_tok_ids`; without it no prompt shares a
-prefix with another.
+The log is described in `kvist.engine.measured`. Prompts come from a second file of JSON lines, in the same
+order, with `input_tok_ids`; without it no prompt shares a prefix with another.
 """
 
 from __future__ import annotations
@@ -13,21 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
+from kvist.engine.measured import Measured
 from kvist.model import Query, pack
 from kvist.sim.base import SimConfig, SimResult, Summary
 from kvist.sim.cluster import simulate
-from kvist.workloads.files import count, field, records
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """One request of a log: lengths in tokens, times in seconds on the engine's clock."""
-
-    input_tokens: int
-    output_tokens: int
-    queued: float
-    first_token: float
-    last_token: float
+from kvist.workloads.files import field, records
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,24 +30,6 @@ class Figure:
     def error(self) -> float:
         """Relative: 0.1 is 10 % too slow."""
         return self.model / self.real - 1
-
-
-def read_log(path: Path) -> list[Measured]:
-    """Raises ValueError naming file, line and field."""
-    log = []
-    for number, row in records(path):
-        where = f"{path}:{number}"
-        times = [
-            float(field(row, name, (float, int), where))
-            for name in ("queued_ts", "first_token_ts", "last_token_ts")
-        ]
-        if not times[0] < times[1] <= times[2]:
-            raise ValueError(f"{where}: queued_ts, first_token_ts, last_token_ts must be in this order")
-        tokens = [count(row, name, where, least=1) for name in ("input_toks", "output_toks")]
-        log.append(Measured(tokens[0], tokens[1], *times))
-    if not log:
-        raise ValueError(f"{path}: no requests")
-    return log
 
 
 def read_prompts(path: Path, log: list[Measured]) -> list[bytes]:
