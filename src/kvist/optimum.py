@@ -61,10 +61,11 @@ def lower_bound(instance: Instance) -> float:
     """
     if not instance.queries:
         return 0.0
-    best_hit = instance.shared().max(axis=1)
+    tree = RadixTree(instance.queries[0].unit, _Silent())
+    best_hit = [_grow(tree, query) for query in instance.queries]
     costs = np.array(
         [
-            [cost.service(query.length, int(hit), query.output_tokens) for cost in instance.costs]
+            [cost.service(query.length, hit, query.output_tokens) for cost in instance.costs]
             for query, hit in zip(instance.queries, best_hit, strict=True)
         ]
     )
@@ -134,22 +135,29 @@ def optimum(instance: Instance, time_limit: float = 60.0) -> tuple[float, list[i
 def work_bound(queries: Iterable[Query], config: SimConfig) -> float:
     """Seconds that the busiest worker of a simulated cluster must compute, whatever the policies.
 
-    Every distinct prompt token has to be computed once somewhere, at no less than `b` a token on the fastest
-    profile, and the cluster shares that work at best evenly. Needs one pass; holds each distinct prefix once.
+    Every distinct prompt token has to be computed once somewhere, worker i takes at least `b_i` a token, and
+    work shared out so that all end together gives tokens / sum(1 / b_i). Needs one pass; holds each distinct
+    prefix once.
     """
-    names = {spec.profile or config.profile for spec in config.specs()}
-    per_token = min(load_profile(name).b_us_per_token for name in names) * 1e-6
+    names = [spec.profile or config.profile for spec in config.specs()]
+    speed = sum(1e6 / load_profile(name).b_us_per_token for name in names)
     tree = RadixTree(config.unit, _Silent())
     for query in queries:
-        walk = tree.walk(query.prompt, query.salt)
-        node, offset = (walk.path[-1] if walk.path else tree.root), walk.offset
-        if walk.part:
-            assert walk.partial is not None
-            node = tree.split(walk.partial, walk.part)
-            offset += walk.part * tree.stride
-        if offset < len(query.prompt):
-            tree.append(node, query.prompt, offset, len(query.prompt), query.salt)
-    return tree.total * per_token / len(config.specs())
+        _grow(tree, query)
+    return tree.total / speed
+
+
+def _grow(tree: RadixTree, query: Query) -> int:
+    """Tokens of the query that some earlier one had as a prefix too; the tree holds all of it afterwards."""
+    walk = tree.walk(query.prompt, query.salt)
+    node, offset = (walk.path[-1] if walk.path else tree.root), walk.offset
+    if walk.part:
+        assert walk.partial is not None
+        node = tree.split(walk.partial, walk.part)
+        offset += walk.part * tree.stride
+    if offset < len(query.prompt):
+        tree.append(node, query.prompt, offset, len(query.prompt), query.salt)
+    return offset // tree.stride
 
 
 class _Silent:

@@ -1,7 +1,7 @@
 """The command line: one Typer app, one file per command. `main` is the entry point.
 
 Every option is read from the command line, else from the environment (KVIST_<COMMAND>_<OPTION>), else from
-the TOML file of `--config` (a table named as the command, or top-level keys), else from its default.
+the TOML file of `--config` (the table named as the command, else top-level keys), else from its default.
 """
 
 from __future__ import annotations
@@ -78,6 +78,10 @@ def main(argv: list[str] | None = None) -> None:
         _fail(f"{error}: install the extra that brings it, as in pip install 'kvist[plot]'")
     except BrokenPipeError:
         sys.exit(141)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _fail(f"{error.filename}: {error.strerror}")
     except Exception as error:
         if not hasattr(error, "format_message"):  # click's errors all have it
             raise

@@ -44,7 +44,8 @@ def cache(
     from kvist.workloads import WORKLOADS, make_workload
 
     spec = workload
-    if workload.split(":")[0] not in WORKLOADS and Path(workload.split(":")[0]).exists():
+    name = workload.split(":")[0]
+    if name not in WORKLOADS and (Path(name).suffix or Path(name).exists()):
         spec = f"trace:{workload}"
     described = make_workload(spec, rate=rate, seed=seed).describe()
     names = listed(policies, "--policies", list(EVICTIONS))

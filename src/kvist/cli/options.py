@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import tomllib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 
 def load_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Take defaults from a TOML file: the command's own table, else the top level."""
+    """Take defaults from a TOML file: the command's own table before the keys at the top level."""
     if path is None:
         return None
     try:
@@ -19,14 +20,35 @@ def load_config(context: typer.Context, path: Path | None) -> Path | None:
         raise ValueError(f"--config {path}: {error.strerror or error}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {path}: {error}") from None
-    command = context.command
-    table = data.get(command.name or "", data)
-    known = {param.name for param in command.params}
-    values = {key.replace("-", "_"): value for key, value in table.items() if not isinstance(value, dict)}
-    for key in values:
-        if key not in known:
-            raise ValueError(f"--config {path}: unknown option {key!r} of kvist {command.name}")
+    command, group = context.command, context.parent.command if context.parent else None
+    others = getattr(group, "commands", {command.name: command})
+    everywhere = {param.name for other in others.values() for param in other.params}
+    own = {param.name: param for param in command.params}
+    values: dict[str, Any] = {}
+    for table, known in ((data, everywhere), (data.get(command.name or "", {}), set(own))):
+        for key, value in table.items():
+            name = key.replace("-", "_")
+            if isinstance(value, dict) and table is data and key in others:
+                continue
+            if name not in known:
+                raise ValueError(f"--config {path}: unknown option {key!r} of kvist {command.name}")
+            if name in own:
+                many = getattr(own[name], "multiple", False)
+                values[name] = [value] if many and not isinstance(value, list) else value
     context.default_map = {**(context.default_map or {}), **values}
+    return path
+
+
+def prepare_out(path: Path | None) -> Path | None:
+    """Make the folder now, and see that plots can be drawn, rather than after minutes of work."""
+    if path is None:
+        return None
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {path}: {error.strerror or error}: give a folder that can be made") from None
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--out needs matplotlib: pip install 'kvist[plot]'")
     return path
 
 
@@ -36,7 +58,9 @@ Config = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable results.")]
 Seed = Annotated[int, typer.Option(help="Makes a run repeatable, bit for bit.")]
-Out = Annotated[Path | None, typer.Option(help="Folder for CSV, JSON, plots and one HTML page.")]
+Out = Annotated[
+    Path | None, typer.Option(callback=prepare_out, help="Folder for CSV, JSON, plots and one HTML page.")
+]
 Jobs = Annotated[int, typer.Option(min=1, help="Processes to run in.")]
 
 

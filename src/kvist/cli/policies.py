@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import typer
 
-from kvist.cli.options import Json
+from kvist.cli.options import Config, Json
 
 
 def register(app: typer.Typer) -> None:
     app.command()(policies)
 
 
-def policies(as_json: Json = False) -> None:
-    """List the routing and eviction policies."""
+def policies(as_json: Json = False, config: Config = None) -> None:
+    """List every routing, eviction and queue policy and every workload."""
     import msgspec
     from rich.console import Console
     from rich.table import Table
@@ -22,7 +25,12 @@ def policies(as_json: Json = False) -> None:
     from kvist.routing import ROUTERS
     from kvist.workloads import WORKLOADS
 
-    kinds = {"routing": ROUTERS, "eviction": EVICTIONS, "workload": WORKLOADS}
+    kinds: dict[str, Mapping[str, Any]] = {
+        "routing": ROUTERS,
+        "eviction": EVICTIONS,
+        "queue": ORDERS,
+        "workload": WORKLOADS,
+    }
     rows = [
         {
             "kind": kind,
@@ -32,17 +40,7 @@ def policies(as_json: Json = False) -> None:
             "source": policy.source,
         }
         for kind, registry in kinds.items()
-        for name, policy in registry.items()  # type: ignore[attr-defined]
-    ]
-    rows += [
-        {
-            "kind": "queue",
-            "name": name,
-            "description": order.description,
-            "params": {},
-            "source": order.source,
-        }
-        for name, order in ORDERS.items()
+        for name, policy in registry.items()
     ]
     if as_json:
         typer.echo(msgspec.json.encode(rows).decode())

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from kvist.cli.options import Config, Json, Out, listed, numbers
+from kvist.cli.options import Config, Json, Out, Seed, listed, numbers
 
 
 def register(app: typer.Typer) -> None:
@@ -19,7 +19,8 @@ def theory(
     ],
     policies: Annotated[list[str], typer.Option(help="Eviction policies.")] = ["l-lru,rlt"],
     rounds: Annotated[int, typer.Option(min=2, help="Times the adversary goes round.")] = 6,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds to average randomized policies over.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds to average randomized policies over.")] = 10,
+    seed: Seed = 0,
     out: Out = None,
     as_json: Json = False,
     config: Config = None,
@@ -35,7 +36,7 @@ def theory(
     from kvist.theory import fit, measure
 
     names = listed(policies, "--policies", list(EVICTIONS))
-    rows = measure([int(n) for n in numbers(sizes, "--sizes")], names, rounds=rounds, seeds=seeds)
+    rows = measure([int(n) for n in numbers(sizes, "--sizes")], names, rounds=rounds, seeds=seeds, seed=seed)
     fits = {
         name: {shape: fit(rows, name, shape) for shape in ("linear", "log")} if len(rows) > 1 else {}
         for name in names
@@ -60,11 +61,11 @@ def theory(
     console = Console()
     console.print(table)
     for name, by in fits.items():
-        if not by:
-            continue
-        shape = max(by, key=lambda s: by[s].r2)
-        of = "n" if shape == "linear" else "ln n"
-        best = by[shape]
-        console.print(
-            f"{name}: grows like {of} (ratio = {best.slope:.3g} {of} {best.intercept:+.2f}, R2 {best.r2:.4f})"
-        )
+        for shape, of in (("linear", "n"), ("log", "ln n")):
+            if by:
+                f = by[shape]
+                better = f.r2 == max(other.r2 for other in by.values())
+                console.print(
+                    f"{name}: ratio = {f.slope:.3g} {of} {f.intercept:+.2f}, R2 {f.r2:.4f}"
+                    + (f"  <- grows like {of}" if better else "")
+                )
