@@ -95,7 +95,7 @@ def bench(
         typer.echo(msgspec.json.encode([row.to_dict() for row in rows]).decode())
         return
     console = Console()
-    for table in bench_tables(rows):
+    for table in bench_tables(rows, console.width):
         console.print(table)
     if out is not None:
         console.print(f"report: {out / 'report.html'}")

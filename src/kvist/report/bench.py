@@ -10,7 +10,7 @@ import msgspec
 
 from kvist.bench import Row
 from kvist.report import page, plots
-from kvist.report.table import COLUMNS, best, cell, conclusion, groups, shown
+from kvist.report.table import COLUMNS, best, cell, conclusion, groups, ranked, shown
 
 PLOTTED = ("ttft_mean", "ttft_p99", "latency_mean", "hit_rate")
 
@@ -36,8 +36,8 @@ def write(rows: Sequence[Row], out: Path) -> None:
             fig = plots.bars(members, metric)
             plots.save(fig, out / f"{number}-{metric}")
             figures.append((COLUMNS[metric][0].strip(), plots.svg(fig)))
-        ranked = sorted(members, key=lambda row: row.metrics["ttft_mean"])
-        for row in ranked[:1] + ranked[1:][-1:]:
+        ordered = ranked(members)
+        for row in ordered[:1] + ordered[1:][-1:]:
             fig = plots.load_over_time(row)
             plots.save(fig, out / f"{number}-load-{row.router}-{row.eviction}")
             figures.append(("load of each worker over time", plots.svg(fig)))
@@ -56,12 +56,11 @@ def write(rows: Sequence[Row], out: Path) -> None:
 
 def _table(rows: Sequence[Row]) -> str:
     names = shown(rows)
-    ranked = sorted(rows, key=lambda row: row.metrics["ttft_mean"])
     return page.table(
         ["router + eviction", *(COLUMNS[name][0] for name in names)],
         [
             [(row.pair, False), *((cell(row, name), row.metrics[name] == best(rows, name)) for name in names)]
-            for row in ranked
+            for row in ranked(rows)
         ],
     )
 
