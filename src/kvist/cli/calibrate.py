@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -15,15 +17,24 @@ def register(app: typer.Typer) -> None:
 
 
 def calibrate(
+    kv_tokens: Annotated[int, typer.Option(min=1, help="KV cache of the engine, in tokens.")],
     table: Annotated[
-        Path,
+        Path | None,
         typer.Argument(
             help="CSV or JSON lines. One step a row: latency_ms, prefill_tokens, prefill_context, "
             "prefill_seqs, decode_seqs, decode_kv. Or a request log: input_toks, output_toks, scheduled_ts, "
             "first_token_ts, last_token_ts."
         ),
-    ],
-    kv_tokens: Annotated[int, typer.Option(min=1, help="KV cache of the engine, in tokens.")],
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="Measure here instead, with PyTorch: cpu, cuda or cuda:N.")
+    ] = "",
+    shape: Annotated[
+        str, typer.Option(help="What to measure: a shape's name or a model's config.json.")
+    ] = "llama-3.1-8b",
+    longest: Annotated[int, typer.Option(min=16, help="Longest prompt to measure, in tokens.")] = 4096,
+    batch: Annotated[int, typer.Option(min=1, help="Largest decode batch to measure.")] = 256,
+    steps: Annotated[Path | None, typer.Option(help="CSV file for the measured steps.")] = None,
     out: Annotated[Path | None, typer.Option(help="TOML file to write; else it is printed.")] = None,
     name: Annotated[str, typer.Option(help="Name of the profile.")] = "own",
     model: Annotated[str, typer.Option(help="What was served.")] = "unknown",
@@ -35,20 +46,34 @@ def calibrate(
     json: Json = False,
     config: Config = None,
 ) -> None:
-    """Fit a latency profile and say how well it fits."""
+    """Fit a latency profile to measured steps, to a request log, or to steps measured here and now."""
     import msgspec
 
     from kvist.engine.fit import fit, observe, to_profile
     from kvist.engine.latency import to_toml
     from kvist.engine.measured import is_log, read_log, read_steps
 
-    from_log = is_log(table)
-    seen = observe(read_log(table), max_num_batched_tokens) if from_log else read_steps(table)
+    if (table is None) == (not device):
+        raise ValueError("give either a TABLE of measurements or --device to measure here")
+    if table is None:
+        with tempfile.TemporaryDirectory() as folder:
+            file = steps if steps is not None else Path(folder) / "steps.csv"
+            _measure(device, shape, longest, batch, file)
+            seen, kind, origin = read_steps(file), "steps", f"measured with PyTorch, shape {shape}"
+    elif is_log(table):
+        seen, kind = observe(read_log(table), max_num_batched_tokens), "phases of a request log"
+        origin = table.name
+    else:
+        seen, kind, origin = read_steps(table), "steps", table.name
     result = fit(seen)
-    kind = "phases of a request log" if from_log else "measured steps"
-    source = f"kvist calibrate: {len(seen)} {kind}, {table.name}"
     profile = to_profile(
-        result, name=name, model=model, gpu=gpu, gpus=gpus, kv_tokens=kv_tokens, source=source
+        result,
+        name=name,
+        model=model,
+        gpu=gpu,
+        gpus=gpus,
+        kv_tokens=kv_tokens,
+        source=f"kvist calibrate: {len(seen)} {kind}, {origin}",
     )
     if out is not None:
         try:
@@ -61,3 +86,26 @@ def calibrate(
         return
     typer.echo(f"{len(seen)} {kind}: mean error {result.error:.1%}, worst {result.worst:.1%}", err=True)
     typer.echo(f"wrote {out}" if out is not None else to_toml(profile), err=out is not None)
+
+
+def _measure(device: str, shape: str, longest: int, batch: int, file: Path) -> None:
+    """Measure a grid of steps into a CSV file."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from kvist.engine.measure import Model, grid, load_shape, measure
+
+    todo = grid(longest, batch)
+    rows = measure(Model(load_shape(shape), device), todo)
+    console = Console(stderr=True)
+    try:
+        with file.open("w", newline="", encoding="utf-8") as out:
+            writer = None
+            for row in track(rows, "measuring", len(todo), console=console, disable=not console.is_terminal):
+                if writer is None:
+                    writer = csv.DictWriter(out, list(row))
+                    writer.writeheader()
+                writer.writerow(row)
+                out.flush()  # what was measured stays, whatever happens next
+    except OSError as error:
+        raise ValueError(f"--steps {file}: {error.strerror or error}") from None

@@ -1,0 +1,81 @@
+"""Measuring steps: the shapes, and on a CPU with PyTorch a tiny model from end to end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kvist.cli import app, calibrate
+from kvist.engine.latency import load_profile
+from kvist.engine.measure import SHAPES, Model, Shape, grid, load_shape
+from kvist.engine.measured import read_steps
+
+LLAMA = {
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+
+
+def test_shapes(tmp_path: Path) -> None:
+    assert SHAPES["llama-3.1-8b"].kv_elements * 2 == 131072  # bytes a token in bfloat16
+    assert SHAPES["llama-3.1-70b"].kv_elements * 2 == 327680
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(LLAMA))
+    assert load_shape(str(config)) == SHAPES["llama-3.1-8b"]
+    config.write_text(json.dumps({**LLAMA, "hidden_size": "wide"}))
+    with pytest.raises(ValueError, match=r"config\.json.*hidden_size"):
+        load_shape(str(config))
+    with pytest.raises(ValueError, match="unknown shape 'huge'"):
+        load_shape("huge")
+    with pytest.raises(ValueError, match="multiple"):
+        Shape(1, 100, 10, 3, 1, 10)
+
+
+def test_the_grid_stays_within_its_limits() -> None:
+    steps = grid(1024, 64)
+    assert max(n for n, _, _, _ in steps) == 1024
+    assert max(b for _, _, b, _ in steps) == 64
+    assert all(bool(n) != bool(b) for n, _, b, _ in steps)
+
+
+def test_a_step_attends_to_its_context_and_writes_the_cache() -> None:
+    torch = pytest.importorskip("torch", reason="measuring needs PyTorch (extra: calibrate)")
+    model = Model(SHAPES["tiny"], "cpu")
+    shape = model.shape
+    cache = torch.zeros(shape.layers, 2, 3, shape.kv_heads, 12, shape.head)
+    logits = model.step(4, cache)
+    assert logits.shape == (3, shape.vocab)
+    assert torch.isfinite(logits).all()
+    assert (cache[..., :8, :] == 0).all() and (cache[..., 8:, :] != 0).any()
+    with pytest.raises(ValueError, match="--device"):
+        Model(SHAPES["tiny"], "abacus")
+
+
+def test_a_tiny_model_is_measured_and_fitted(tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="measuring needs PyTorch (extra: calibrate)")
+    pytest.importorskip("scipy", reason="fitting needs SciPy (extra: optimum)")
+    if not any(command.callback is calibrate.calibrate for command in app.registered_commands):
+        calibrate.register(app)
+    table, out = tmp_path / "steps.csv", tmp_path / "own.toml"
+    options = ["--device", "cpu", "--shape", "tiny", "--longest", "256", "--batch", "16"]
+    options += ["--kv-tokens", "1000", "--steps", str(table), "--out", str(out)]
+    found = CliRunner().invoke(app, ["calibrate", *options])
+    assert found.exit_code == 0, found.output
+    assert len(read_steps(table)) == len(grid(256, 16))
+    profile = load_profile(out)
+    assert profile.step(256, 256 * 128, 0, 0) > 0 and profile.step(1, 0, 10, 1) > 0
+    assert profile.fit_error is not None
+
+
+def test_a_table_or_a_device() -> None:
+    if not any(command.callback is calibrate.calibrate for command in app.registered_commands):
+        calibrate.register(app)
+    found = CliRunner().invoke(app, ["calibrate", "--kv-tokens", "5"])
+    assert isinstance(found.exception, ValueError) and "TABLE" in str(found.exception)
