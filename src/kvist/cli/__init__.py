@@ -13,7 +13,7 @@ from typing import Any
 import typer
 from typer.main import get_command
 
-COMMANDS = ("bench", "cache", "calibrate", "fidelity", "theory", "optimum", "policies")
+COMMANDS = ("serve", "bench", "cache", "theory", "optimum", "policies", "fidelity")
 
 app = typer.Typer(
     name="kvist",

@@ -1,0 +1,165 @@
+"""The workers: who is there, what they serve, who is healthy, and the router over them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+from typing import Any
+
+import msgspec
+
+from kvist.gateway.breaker import Breaker
+from kvist.gateway.settings import Settings
+from kvist.http.client import Pool, fetch
+from kvist.prefix.base import PrefixKnowledge
+from kvist.routing import Router, RoutingPolicy
+
+
+class Worker:
+    """One worker: its connections, breaker, health and the models it announced."""
+
+    def __init__(self, url: str, settings: Settings) -> None:
+        self.id = url
+        self.pool = Pool(url)
+        self.breaker = Breaker(settings.cb_failure_threshold, settings.cb_timeout_duration)
+        self.models: frozenset[str] = frozenset()  # empty: not known yet, takes any
+        self.healthy = True
+        self.draining = False
+        self.checks = 0  # in a row, of the kind that would change `healthy`
+        self.head = b"host: " + self.pool.authority + b"\r\n"
+        if settings.worker_api_key:
+            self.head += b"authorization: Bearer " + settings.worker_api_key.encode() + b"\r\n"
+
+
+class Fleet:
+    """Add, drop and drain workers; health checks never touch load or counters."""
+
+    def __init__(self, settings: Settings, policy: RoutingPolicy, index: PrefixKnowledge) -> None:
+        self.settings = settings
+        self.router = Router(policy, index=index)
+        self.workers: dict[str, Worker] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._allowed: dict[str, frozenset[str]] = {}
+
+    def add(self, url: str, now: float) -> Worker:
+        """Raises ValueError for a malformed or known URL."""
+        url = url.rstrip("/")
+        if url in self.workers:
+            raise ValueError(f"worker {url} is there already")
+        worker = Worker(url, self.settings)
+        self.router.add_worker(url, now)
+        self.workers[url] = worker
+        self._allowed.clear()
+        self._tasks[url] = asyncio.get_running_loop().create_task(self._watch(worker))
+        return worker
+
+    def remove(self, url: str, now: float) -> None:
+        """Forget a worker; requests in flight on it run to their end. Raises KeyError."""
+        worker = self.workers.pop(url)
+        worker.draining = True
+        self.router.remove_worker(url, now)
+        self._tasks.pop(url).cancel()
+        self._allowed.clear()
+        if not worker.pool.open:
+            worker.pool.close()
+
+    def drain(self, url: str) -> None:
+        """Send nothing new to a worker. Raises KeyError."""
+        self.workers[url].draining = True
+        self._allowed.clear()
+
+    def serves(self, model: str) -> bool:
+        """Whether any worker, healthy or not, may serve the model."""
+        return any(not w.models or model in w.models for w in self.workers.values())
+
+    def allowed(self, model: str, now: float, without: Collection[str] = ()) -> frozenset[str]:
+        """Workers that may take a request for the model now."""
+        found = self._allowed.get(model)
+        if found is None:
+            found = frozenset(
+                w.id
+                for w in self.workers.values()
+                if w.healthy and not w.draining and (not model or not w.models or model in w.models)
+            )
+            if len(self._allowed) < 1000:  # model names come from clients
+                self._allowed[model] = found
+        tripped = [w for w in found if self.workers[w].breaker.opened_at is not None]
+        closed = [w for w in tripped if not self.workers[w].breaker.allows(now)]
+        return found.difference(closed, without) if closed or without else found
+
+    def models(self) -> list[dict[str, Any]]:
+        """The models of all workers, merged, in the shape of the OpenAI API."""
+        names = sorted({name for worker in self.workers.values() for name in worker.models})
+        return [{"id": name, "object": "model", "created": 0, "owned_by": "kvist"} for name in names]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """State of every worker, for /workers, metrics and the dashboard."""
+        now = asyncio.get_running_loop().time()
+        states = {state.id: state for state in self.router.workers}
+        return [
+            {
+                "id": worker.id,
+                "models": sorted(worker.models),
+                "healthy": worker.healthy,
+                "draining": worker.draining,
+                "breaker": worker.breaker.state(now),
+                "in_flight": states[worker.id].in_flight,
+                "pending_prefill": states[worker.id].pending_prefill,
+                "load": states[worker.id].load,
+                "routed": states[worker.id].routed,
+                "index_tokens": states[worker.id].cached_tokens,
+                "upstream_connections": worker.pool.open,
+            }
+            for worker in self.workers.values()
+        ]
+
+    def close(self) -> None:
+        for task in self._tasks.values():
+            task.cancel()
+        for worker in self.workers.values():
+            worker.pool.close()
+
+    async def _watch(self, worker: Worker) -> None:
+        """Learn a worker's models, then check its health now and then."""
+        settings = self.settings
+        while True:
+            try:
+                status, _ = await fetch(
+                    worker.pool, settings.health_check_endpoint, seconds=settings.health_check_timeout
+                )
+                good = status < 400
+                if good and (not worker.models or not worker.healthy):
+                    await self._learn_models(worker)
+            except (OSError, TimeoutError):
+                good = False
+            self._checked(worker, good)
+            await asyncio.sleep(settings.health_check_interval)
+
+    def _checked(self, worker: Worker, good: bool) -> None:
+        if good == worker.healthy:
+            worker.checks = 0
+            return
+        worker.checks += 1
+        settings = self.settings
+        needed = settings.health_success_threshold if good else settings.health_failure_threshold
+        if worker.checks >= needed:
+            worker.healthy, worker.checks = good, 0
+            self._allowed.clear()
+            if good:
+                worker.breaker.succeeded()
+
+    async def _learn_models(self, worker: Worker) -> None:
+        auth = []
+        if self.settings.worker_api_key:
+            auth = [(b"authorization", b"Bearer " + self.settings.worker_api_key.encode())]
+        status, body = await fetch(
+            worker.pool, "/v1/models", seconds=self.settings.health_check_timeout, headers=auth
+        )
+        if status != 200:
+            return
+        try:
+            data = msgspec.json.decode(body)["data"]
+            worker.models = frozenset(str(entry["id"]) for entry in data)
+        except (msgspec.DecodeError, KeyError, TypeError):
+            return
+        self._allowed.clear()

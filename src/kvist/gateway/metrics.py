@@ -1,0 +1,176 @@
+"""What the gateway counts, as plain numbers; turned into Prometheus families only when scraped."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+
+
+class Histogram:
+    """Counts by bucket, as Prometheus has them."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Cumulative (le, count) pairs, +Inf last."""
+        found, running = [], 0
+        for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
+            running += count
+            found.append((bound, float(running)))
+        return found
+
+
+class WorkerMetrics:
+    """Figures of one worker."""
+
+    __slots__ = (
+        "cached_estimated",
+        "cached_true",
+        "cut",
+        "error",
+        "itl",
+        "latency",
+        "outcomes",
+        "prompt_true",
+        "retries",
+        "ttft",
+    )
+
+    def __init__(self) -> None:
+        self.outcomes: Counter[str] = Counter()  # ok, failed, cancelled
+        self.retries = 0  # requests that went elsewhere after failing here
+        self.cut = 0  # answers broken off after the client had seen part of them
+        self.ttft = Histogram(SECONDS)
+        self.itl = Histogram(SHORT)
+        self.latency = Histogram(SECONDS)
+        self.error = Histogram(SECONDS)  # |predicted - observed|
+        self.cached_estimated = 0.0  # tokens, over requests whose truth is known
+        self.cached_true = 0
+        self.prompt_true = 0
+
+
+class Metrics:
+    """Figures of the gateway."""
+
+    def __init__(self) -> None:
+        self.workers: dict[str, WorkerMetrics] = {}
+        self.decisions: Counter[tuple[str, str]] = Counter()  # (policy, worker)
+        self.refused: Counter[str] = Counter()  # by HTTP status
+        self.disconnects = 0
+        self.decision_seconds = 0.0
+
+    def worker(self, worker_id: str) -> WorkerMetrics:
+        if worker_id not in self.workers:
+            self.workers[worker_id] = WorkerMetrics()
+        return self.workers[worker_id]
+
+
+class Collector:
+    """For prometheus-client: reads the numbers, and the fleet's state, at each scrape."""
+
+    def __init__(self, metrics: Metrics, state: Any) -> None:
+        self.metrics = metrics
+        self.state = state  # kvist.gateway.app.Gateway
+
+    def collect(self) -> Iterator[Any]:
+        from prometheus_client.core import CounterMetricFamily as Count
+        from prometheus_client.core import GaugeMetricFamily as Gauge
+        from prometheus_client.core import HistogramMetricFamily as Hist
+
+        m, gateway = self.metrics, self.state
+
+        def family(kind: Any, name: str, text: str, labels: list[str], rows: Iterable[Any]) -> Any:
+            made = kind(f"kvist_{name}", text, labels=labels)
+            for values, value in rows:
+                made.add_metric(list(values), value)
+            return made
+
+        yield family(
+            Count, "decisions", "Routing decisions.", ["policy", "worker"], list(m.decisions.items())
+        )
+        yield family(
+            Count,
+            "refused_requests",
+            "Requests refused, by HTTP status.",
+            ["status"],
+            [((status,), n) for status, n in m.refused.items()],
+        )
+        yield family(Count, "client_disconnects", "Clients that left early.", [], [((), m.disconnects)])
+        yield family(
+            Count, "decision_seconds", "Time spent in routing decisions.", [], [((), m.decision_seconds)]
+        )
+        yield family(Gauge, "active_requests", "Requests under way.", [], [((), gateway.admission.active)])
+        yield family(Gauge, "queued_requests", "Requests waiting.", [], [((), gateway.admission.waiting)])
+        yield family(Gauge, "client_connections", "Open connections.", [], [((), gateway.open_clients)])
+        rows = gateway.fleet.rows()
+        for name, text in (
+            ("in_flight", "Requests in flight on the worker."),
+            ("load", "Load reserved on the worker, in the policy's units."),
+            ("index_tokens", "Tokens the index believes the worker holds."),
+            ("healthy", "1 if the worker takes requests."),
+            ("upstream_connections", "Connections to the worker."),
+        ):
+            yield family(
+                Gauge, f"worker_{name}", text, ["worker"], [((row["id"],), row[name]) for row in rows]
+            )
+        yield family(
+            Gauge,
+            "worker_breaker",
+            "Circuit breaker, 1 for the state it is in.",
+            ["worker", "state"],
+            [
+                ((row["id"], state), float(row["breaker"] == state))
+                for row in rows
+                for state in ("closed", "half_open", "open")
+            ],
+        )
+        workers = m.workers.items()
+        yield family(
+            Count,
+            "requests",
+            "Ended requests by outcome.",
+            ["worker", "outcome"],
+            [((w, outcome), n) for w, own in workers for outcome, n in own.outcomes.items()],
+        )
+        for name, text in (
+            ("retries", "Requests sent elsewhere after failing here."),
+            ("cut", "Answers broken off midway."),
+            ("cached_estimated", "Cached prompt tokens as estimated, where the truth is known."),
+            ("cached_true", "Cached prompt tokens as the engine counted."),
+            ("prompt_true", "Prompt tokens as the engine counted."),
+        ):
+            yield family(Count, name, text, ["worker"], [((w,), getattr(own, name)) for w, own in workers])
+        for name, field, text in (
+            ("ttft_seconds", "ttft", "Time to first token of streams."),
+            ("itl_seconds", "itl", "Time between pieces of a stream."),
+            ("latency_seconds", "latency", "End-to-end latency."),
+            ("prediction_error_seconds", "error", "Difference of predicted and observed latency."),
+        ):
+            made = Hist(f"kvist_{name}", text, labels=["worker"])
+            for worker_id, own in workers:
+                histogram = getattr(own, field)
+                made.add_metric([worker_id], histogram.buckets(), histogram.total)
+            yield made
+
+
+def exposition(collector: Collector) -> bytes:
+    """The text that Prometheus scrapes."""
+    from prometheus_client import CollectorRegistry, generate_latest
+
+    registry = CollectorRegistry()
+    registry.register(collector)
+    return generate_latest(registry)
