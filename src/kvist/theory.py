@@ -81,3 +81,10 @@ def fit(rows: list[Ratio], policy: str, shape: str) -> Fit:
     left = y - (slope * x + intercept)
     spread = ((y - y.mean()) ** 2).sum()
     return Fit(float(slope), float(intercept), float(1 - (left**2).sum() / spread) if spread else 1.0)
+
+
+def growth(fits: dict[str, Fit]) -> str:
+    """The better of the two fits of one policy in words."""
+    shape = max(fits, key=lambda s: fits[s].r2)
+    of, f = "n" if shape == "linear" else "ln n", fits[shape]
+    return f"grows like {of}: ratio = {f.slope:.3g} {of} {f.intercept:+.2f}, R2 {f.r2:.4f}"

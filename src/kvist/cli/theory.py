@@ -26,14 +26,12 @@ def theory(
     config: Config = None,
 ) -> None:
     """Measure the cost of L-LRU and RLT over the offline optimum's, on the adversary's sequence."""
-    from dataclasses import asdict
-
     import msgspec
     from rich.console import Console
     from rich.table import Table
 
     from kvist.cache import EVICTIONS
-    from kvist.theory import fit, measure
+    from kvist.theory import fit, growth, measure
 
     names = listed(policies, "--policies", list(EVICTIONS))
     rows = measure([int(n) for n in numbers(sizes, "--sizes")], names, rounds=rounds, seeds=seeds, seed=seed)
@@ -41,16 +39,12 @@ def theory(
         name: {shape: fit(rows, name, shape) for shape in ("linear", "log")} if len(rows) > 1 else {}
         for name in names
     }
-    data = {
-        "rows": [asdict(row) for row in rows],
-        "fits": {name: {shape: asdict(f) for shape, f in by.items()} for name, by in fits.items()},
-    }
     if out is not None:
         from kvist.report.theory import write
 
-        write(rows, names, data, out)
+        write(rows, names, fits, out)
     if as_json:
-        typer.echo(msgspec.json.encode(data).decode())
+        typer.echo(msgspec.json.encode({"rows": rows, "fits": fits}).decode())
         return
     table = Table(title="Misses over the offline optimum's, on the adversary's sequence")
     table.add_column("cache tokens", justify="right")
@@ -61,11 +55,6 @@ def theory(
     console = Console()
     console.print(table)
     for name, by in fits.items():
-        for shape, of in (("linear", "n"), ("log", "ln n")):
-            if by:
-                f = by[shape]
-                better = f.r2 == max(other.r2 for other in by.values())
-                console.print(
-                    f"{name}: ratio = {f.slope:.3g} {of} {f.intercept:+.2f}, R2 {f.r2:.4f}"
-                    + (f"  <- grows like {of}" if better else "")
-                )
+        if by:
+            other = min(by.items(), key=lambda item: item[1].r2)
+            console.print(f"{name} {growth(by)} (as {other[0]}: R2 {other[1].r2:.4f})")

@@ -40,7 +40,7 @@ def write(rows: Sequence[Row], out: Path) -> None:
         for row in ordered[:1] + ordered[1:][-1:]:
             fig = plots.load_over_time(row)
             plots.save(fig, out / f"{number}-load-{row.router}-{row.eviction}")
-            figures.append(("load of each worker over time", plots.svg(fig)))
+            figures.append((f"requests in flight on each worker over time, {row.pair}", plots.svg(fig)))
         parts.append(page.plots(figures))
     for number, members in enumerate(by_workload.values(), 1):
         if len({row.rate for row in members}) > 1:

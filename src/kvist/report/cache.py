@@ -25,12 +25,12 @@ def cells(points: Sequence[Point]) -> list[list[tuple[str, bool]]]:
     names, sizes, at = grid(points)
     rows = []
     for size in sizes:
-        online = [at[name, size].hit_rate for name in names if name != CEILING]
+        top = max((at[name, size].hit_rate for name in names if name != CEILING), default=0.0)
         row = [(f"{size:,}", False)]
         for name in names:
             point = at[name, size]
             text = f"{100 * point.hit_rate:.1f}" + (f" ±{100 * point.ci:.1f}" if point.ci else "")
-            row.append((text, name != CEILING and point.hit_rate == max(online)))
+            row.append((text, name != CEILING and f"{point.hit_rate:.3f}" == f"{top:.3f}"))
         rows.append(row)
     return rows
 

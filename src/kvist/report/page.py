@@ -20,8 +20,9 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper) }
 td.best { color: var(--good); font-weight: 600 }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem }
-figure { margin: 0 } figure svg { width: 100%; height: auto }
+.plots { display: grid; margin-top: 1.2rem; gap: 1.5rem 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)) }
+figure { margin: 0; max-width: 44rem } figure svg { width: 100%; height: auto }
 figcaption { color: var(--soft); font-size: .9rem }
 """
 

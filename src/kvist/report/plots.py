@@ -20,7 +20,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8
 GREY = "#888888"  # readable on light and on dark
 
 
-def figure(draw: Callable[[Axes], None], *, width: float = 6.4, height: float = 3.6) -> Any:
+def figure(draw: Callable[[Axes], None], *, width: float = 5.4, height: float = 3.4) -> Any:
     """A figure with one transparent pair of axes, drawn without a display."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -35,7 +35,7 @@ def figure(draw: Callable[[Axes], None], *, width: float = 6.4, height: float = 
     axes.patch.set_alpha(0)
     for spine in axes.spines.values():
         spine.set_color(GREY)
-    axes.tick_params(colors=GREY)
+    axes.tick_params(which="both", colors=GREY)
     axes.xaxis.label.set_color(GREY)
     axes.yaxis.label.set_color(GREY)
     axes.title.set_color(GREY)
@@ -79,8 +79,11 @@ def bars(rows: Sequence[Row], metric: str) -> Any:
             ecolor=COLOURS[1],
         )
         for at, value in enumerate(values):
-            axes.text(value, at, " " + form.format(value), va="center", color=GREY, fontsize=8)
-        axes.set_xlim(0, max([*values, 1e-9]) * 1.18)
+            axes.text(value + errors[at], at, " " + form.format(value), va="center", color=GREY, fontsize=9)
+        longest = max(value + error for value, error in zip(values, errors, strict=True))
+        axes.set_xlim(0, max(longest, 1e-9) * 1.2)
+        axes.grid(False, axis="y")
+        axes.locator_params(axis="x", nbins=5)
         axes.set_xlabel(_label(metric, heading))
 
     return figure(draw, height=0.9 + 0.3 * len(ranked))
@@ -105,9 +108,12 @@ def against_rate(rows: Sequence[Row], metric: str) -> Any:
             )
         axes.set_xlabel("requests/s")
         axes.set_ylabel(_label(metric, heading))
-        axes.legend(fontsize=7)
+        values = [row.metrics[metric] for row in rows]
+        if min(values) > 0 and max(values) > 20 * min(values):
+            axes.set_yscale("log")
+        axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.18))
 
-    return figure(draw)
+    return figure(draw, height=3.2 + 0.1 * len(pairs))
 
 
 def load_over_time(row: Row) -> Any:
@@ -115,7 +121,7 @@ def load_over_time(row: Row) -> Any:
     series = row.results[0].series
 
     def draw(axes: Axes) -> None:
-        for i, (name, values) in enumerate(series.items()):
+        for i, (name, values) in enumerate(sorted(series.items())):
             if name != "time":
                 axes.plot(
                     series["time"],
@@ -128,7 +134,7 @@ def load_over_time(row: Row) -> Any:
         axes.set_xlabel("seconds")
         axes.set_ylabel("requests in flight")
         if len(series) <= 9:
-            axes.legend(fontsize=7, ncols=4)
+            axes.legend(fontsize=8, ncols=4)
 
     return figure(draw, height=2.6)
 
@@ -153,7 +159,7 @@ def hit_curve(points: Sequence[Point], ceiling: str) -> Any:
         axes.set_xscale("log")
         axes.set_xlabel("cache size, tokens")
         axes.set_ylabel("cache hits %")
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=8)
 
     return figure(draw, height=4)
 

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from kvist.report import page, plots
-from kvist.theory import Ratio
+from kvist.theory import Fit, Ratio, growth
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def write(rows: Sequence[Ratio], names: Sequence[str], data: dict[str, Any], out: Path) -> None:
+def write(rows: Sequence[Ratio], names: Sequence[str], fits: dict[str, dict[str, Fit]], out: Path) -> None:
     """theory.json, the plot as PNG and SVG, report.html."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "theory.json").write_bytes(msgspec.json.encode(data))
+    (out / "theory.json").write_bytes(msgspec.json.encode({"rows": rows, "fits": fits}))
 
     def draw(axes: Axes) -> None:
         for i, name in enumerate(names):
@@ -41,8 +41,7 @@ def write(rows: Sequence[Ratio], names: Sequence[str], data: dict[str, Any], out
         ["cache tokens", *names],
         [[(f"{row.n:,}", False), *((f"{row.ratios[n]:.2f}", False) for n in names)] for row in rows],
     )
-    note = page.note(
-        "Cost on the adversary's sequence over the offline optimum's: leaf-LRU grows like n, RLT like ln n."
-    )
-    parts = [note, page.plots([("competitive ratio, measured", plots.svg(fig))]), table]
+    parts = [page.note("Misses on the adversary's sequence over the offline optimum's.")]
+    parts += [page.note(f"{name} {growth(by)}") for name, by in fits.items() if by]
+    parts += [page.plots([("competitive ratio, measured", plots.svg(fig))]), table]
     (out / "report.html").write_text(page.page("kvist theory", parts), encoding="utf-8")
