@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
+import time
 from collections import deque
 from collections.abc import Callable
 from random import Random
@@ -39,8 +39,7 @@ class Gateway:
     ) -> None:
         self.settings = settings
         self.log = log
-        self.loop = asyncio.get_running_loop()
-        self.now = self.loop.time
+        self.now = time.monotonic  # uvloop's own clock counts whole milliseconds
         policy = make_policy(settings.policy, rng=Random(settings.seed), **settings.policy_params)
         own = PrefixIndex(
             unit=1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Collection
 from typing import Any
 
@@ -94,7 +95,7 @@ class Fleet:
 
     def rows(self) -> list[dict[str, Any]]:
         """State of every worker, for /workers, metrics and the dashboard."""
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         states = {state.id: state for state in self.router.workers}
         return [
             {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import time
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -48,6 +49,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._in_head = True
         self._complete = False
         self._framed = False
+        self._keep = False
         self._received = False
         self.transport.write(request)
 
@@ -95,7 +97,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def _end(self) -> None:
         exchange, self.exchange = self.exchange, None
-        reusable = self._framed and self._parser.should_keep_alive() and not self.transport.is_closing()
+        reusable = self._framed and self._keep and not self.transport.is_closing()
         if reusable:
             self.pool.park(self)
         else:
@@ -145,6 +147,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         self._complete = True
+        self._keep = self._parser.should_keep_alive()  # no longer told afterwards
 
 
 class Pool:
@@ -193,7 +196,7 @@ class Pool:
         if len(self._idle) >= self._keep:
             connection.close()
             return
-        connection.parked_at = asyncio.get_running_loop().time()
+        connection.parked_at = time.monotonic()
         self._idle.append(connection)
 
     def gone(self, connection: UpstreamConnection) -> None:

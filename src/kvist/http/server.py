@@ -8,6 +8,7 @@ collected up to a limit, and a handler answers through the connection: `respond`
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -100,7 +101,7 @@ class Connection(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport) or hasattr(transport, "write")
         self.transport = transport  # type: ignore[assignment]
         self._parser = httptools.HttpRequestParser(self)
-        self._since = asyncio.get_running_loop().time()
+        self._since = time.monotonic()
         self.server.open.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -132,7 +133,7 @@ class Connection(asyncio.Protocol):
     def on_message_begin(self) -> None:
         self._reset()
         self._in_request = True
-        self._since = asyncio.get_running_loop().time()
+        self._since = time.monotonic()
 
     def on_url(self, url: bytes) -> None:
         self._url += url
@@ -217,7 +218,7 @@ class Connection(asyncio.Protocol):
         request, self.request, self.owner = self.request, None, None
         if request is None or self.transport.is_closing():
             return
-        self._since = asyncio.get_running_loop().time()
+        self._since = time.monotonic()
         if not request.keep_alive:
             self.transport.close()
         elif self._pending:
