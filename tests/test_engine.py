@@ -249,7 +249,7 @@ def drive(engine: Engine | NaiveEngine, load: list[tuple[float, Query]], many: b
     return requests
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     load=workloads(),
     block_size=st.sampled_from([1, 4, 16]),
@@ -273,7 +273,7 @@ def test_same_times_as_the_naive_engine(
     assert_empty(engine)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     load=workloads(),
     block_size=st.sampled_from([1, 16]),
