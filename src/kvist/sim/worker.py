@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from random import Random
 
 from kvist.cache import PrefixCache, make_eviction
 from kvist.cache.events import CacheEvent
 from kvist.engine.core import Engine
-from kvist.engine.latency import LatencyProfile, load_profile
+from kvist.engine.latency import load_profile
 from kvist.engine.order import make_order
 from kvist.model import Query
 from kvist.routing.base import Ticket
 from kvist.sim.base import SimConfig, WorkerSpec
-
-
-@lru_cache(maxsize=64)
-def _profile(name: str) -> LatencyProfile:
-    return load_profile(name)
 
 
 class Flight:
@@ -52,7 +46,7 @@ class Worker:
     ) -> None:
         self.spec = spec
         self.on_event = on_event
-        profile = _profile(spec.profile or config.profile)
+        profile = load_profile(spec.profile or config.profile)
         name = spec.eviction or config.eviction
         params = config.eviction_params if name == config.eviction else {}
         eviction = make_eviction(name, rng=Random(f"{config.seed}/{spec.id}"), **params)
