@@ -170,6 +170,24 @@ def test_queries_wait_for_a_worker_or_fail_if_none_will_come() -> None:
     assert gone.completed + gone.failed == 10 and gone.failed > 0
 
 
+def test_waiting_times_of_a_single_server_queue() -> None:
+    """One request at a time, all alike, Poisson arrivals: an M/D/1 queue, whose mean wait is known.
+
+    Pollaczek-Khinchine: S * rho / (2 * (1 - rho)).
+    """
+    service = load_profile("llama-3.1-8b-l40").step(500, 500 * 250, 0, 0)
+    for rho in (0.3, 0.7):
+        rng, at, queries = Random(9), 0.0, []
+        for number in range(20_000):
+            at += rng.expovariate(rho / service)
+            prompt = pack([number]) * 500  # no two share a prefix
+            queries.append(Query(number, prompt, output_tokens=1, arrival=at))
+        result = simulate(queries, replace(SMALL, workers=1, max_num_seqs=1))
+        expected = service + service * rho / (2 * (1 - rho))
+        assert result.latency.mean == pytest.approx(expected, rel=0.03)
+        assert result.workers[0].busy == pytest.approx(20_000 * service)
+
+
 def test_a_mixed_fleet() -> None:
     fleet = (
         WorkerSpec("slow", profile="llama-3.1-8b-l40", kv_tokens=1000, eviction="rlt"),
