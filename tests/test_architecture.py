@@ -10,13 +10,13 @@ import kvist
 ROOT = Path(kvist.__file__).parent
 LAYERS = [
     "model",
+    "http",
     "prefix",
     "cache",
     "routing",
     "workloads",
     "engine",
     "sim",
-    "http",
     "gateway",
     "plugins",
     "optimum",

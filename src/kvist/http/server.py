@@ -117,7 +117,9 @@ class Connection(asyncio.Protocol):
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
             self.refuse(HTTPStatus.BAD_REQUEST, "protocol upgrades are not supported")
-        except (httptools.HttpParserError, ValueError):
+        except httptools.HttpParserCallbackError as error:
+            self._broken(error.__context__ or error)
+        except httptools.HttpParserError:
             if not self.transport.is_closing():
                 self.refuse(HTTPStatus.BAD_REQUEST, "malformed HTTP request")
 
@@ -245,6 +247,17 @@ class Connection(asyncio.Protocol):
             self._url = self._url or b"/"
             self.request = Request(b"GET", b"/", "/", [], keep_alive=False)
             self.respond(status, error_body(status, message), kind=b"application/json")
+        self.transport.close()
+
+    def _broken(self, error: BaseException) -> None:
+        """Our own fault while handling a request: tell the log and the client, and go on with the others."""
+        asyncio.get_running_loop().call_exception_handler(
+            {"message": "error while handling a request", "exception": error}
+        )
+        if self.request is not None and not self._started:
+            self.request.keep_alive = False
+            body = error_body(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error")
+            self.respond(HTTPStatus.INTERNAL_SERVER_ERROR, body, kind=b"application/json")
         self.transport.close()
 
     def check(self, now: float) -> None:
