@@ -13,7 +13,7 @@ from typing import Any
 import typer
 from typer.main import get_command
 
-COMMANDS = ("engine", "serve", "bench", "cache", "theory", "optimum", "policies", "fidelity")
+COMMANDS = ("demo", "engine", "serve", "bench", "cache", "theory", "optimum", "policies", "fidelity")
 
 app = typer.Typer(
     name="kvist",

@@ -22,8 +22,8 @@ class PrefixKnowledge(Protocol):
     def routed(self, query: Query, slot: int) -> None:
         """The query was sent to the worker, which will cache its prompt."""
 
-    def answered(self, query: Query, slot: int, cached: int | None) -> None:
-        """The query ended well; `cached` is the engine's own count of cached prompt tokens, if it told."""
+    def answered(self, query: Query, slot: int, expected: int, cached: int | None) -> None:
+        """The query ended well: `expected` tokens were thought cached, the engine counted `cached`."""
 
     def cached_tokens(self, slot: int) -> int:
         """Tokens the worker is believed to hold."""

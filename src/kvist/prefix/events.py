@@ -105,7 +105,7 @@ class EventIndex:
     def routed(self, query: Query, slot: int) -> None:
         """Engines will say themselves what they stored."""
 
-    def answered(self, query: Query, slot: int, cached: int | None) -> None:
+    def answered(self, query: Query, slot: int, expected: int, cached: int | None) -> None:
         """Engines have said themselves what they hold."""
 
     def _drop(self, slot: int, key: int) -> None:

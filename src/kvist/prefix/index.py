@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from kvist.model import TOKEN_BYTES, Query
 from kvist.prefix.tree import Node, RadixTree
 
+CORRECTION_SLACK = 128  # tokens; vLLM's largest usual block
 DEFAULT_BUDGET = 4_000_000  # tokens a worker, where its capacity is unknown
 
 
@@ -118,18 +119,25 @@ class PrefixIndex:
         while self._held[slot] > self._limit[slot] and lru:
             self._forget(next(iter(lru)), slot)
 
-    def answered(self, query: Query, slot: int, cached: int | None) -> None:
-        """Use the truth: what the engine no longer had, its extensions are gone too.
+    def answered(self, query: Query, slot: int, expected: int, cached: int | None) -> None:
+        """Use the truth: what was expected and the engine no longer had, its extensions are gone too.
 
-        The prompt itself was just cached again, so only what branches off it beyond `cached` is forgotten.
+        The prompt itself was just cached again, so only what branches off it is forgotten, between `cached`
+        and `expected`. An engine counts whole blocks and computes the last one in any case, so a shortfall
+        of up to CORRECTION_SLACK tokens says nothing.
         """
         if cached is None or slot not in self._lru:
+            return
+        cached += CORRECTION_SLACK * self.units_per_token
+        if cached >= expected:
             return
         bit = 1 << slot
         walk = self.tree.walk(query.prompt, query.salt)
         depth = 0
         for i, node in enumerate(walk.path):
             depth += node.size * self.block_size
+            if depth > expected:
+                return
             if depth <= cached or not node.state & bit:
                 continue
             after = walk.path[i + 1] if i + 1 < len(walk.path) else None

@@ -123,7 +123,7 @@ class Router:
         worker.in_flight_tokens -= query.length
         ticket.policy.completed(ticket, outcome, now)
         if outcome.status is Status.OK and worker.slot >= 0 and ticket.policy.needs_index:
-            self.index.answered(query, worker.slot, outcome.cached_tokens)
+            self.index.answered(query, worker.slot, ticket.decision.cached, outcome.cached_tokens)
 
     def _refresh(self) -> None:
         self._open = [c for c in self._workers.values() if not c.worker.draining]

@@ -1,0 +1,6 @@
+"""`python -m kvist`."""
+
+from kvist.cli import main
+
+if __name__ == "__main__":
+    main()
