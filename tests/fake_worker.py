@@ -90,7 +90,9 @@ class Worker(asyncio.Protocol):
     def answer(self) -> None:
         mode = Worker.mode
         if mode == "ok":
-            self.transport.write(STREAM if b'"stream": true' in self.body or b'"stream":true' in self.body else OK)
+            self.transport.write(
+                STREAM if b'"stream": true' in self.body or b'"stream":true' in self.body else OK
+            )
         elif mode == "garbage":
             self.transport.write(b"\x00\x01 this is not HTTP \xff\r\n\r\n" * 3)
         elif mode == "cut":

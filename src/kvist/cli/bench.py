@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,7 +22,9 @@ def bench(
     routers: Annotated[list[str], typer.Option(help="Routing policies (kvist policies lists them).")] = [
         "lbgr,cache_aware,lmetric,kv_score,least_load,random"
     ],
-    evictions: Annotated[list[str], typer.Option(help="Eviction policies.")] = ["l-lru,rlt"],
+    evictions: Annotated[
+        list[str] | None, typer.Option(help="Eviction policies: l-lru,rlt, and all of them for --suite.")
+    ] = None,
     rates: Annotated[
         list[str] | None, typer.Option(help="Requests/s; without it each workload's own rate.")
     ] = None,
@@ -40,6 +43,13 @@ def bench(
     bound: Annotated[
         bool, typer.Option(help="Compare the busiest worker's time with a lower bound for any policy.")
     ] = False,
+    suite: Annotated[
+        str | None,
+        typer.Option(help="standard: all eviction policies on all workloads and cache sizes."),
+    ] = None,
+    traces: Annotated[
+        Path, typer.Option(help="Folder of trace files for --suite; those it lacks are left out.")
+    ] = Path("../shared/traces"),
     seed: Seed = 0,
     jobs: Jobs = 1,
     out: Out = None,
@@ -61,12 +71,18 @@ def bench(
     from kvist.sim.base import WorkerSpec
     from kvist.workloads import make_workload
 
+    if suite is not None:
+        if suite != "standard":
+            raise typer.BadParameter(f"--suite: unknown {suite!r}: choose standard")
+        _suite(evictions, traces, block_size, seeds, seed, jobs, out, as_json)
+        return
     profiles = listed(profile, "--profile")
     for name in profiles:
         load_profile(name)
     fleet = tuple(WorkerSpec(f"w{i}", profile=profiles[i % len(profiles)]) for i in range(workers))
     paces: list[float | None] = [None] if rates is None else [*numbers(rates, "--rates")]
-    names = listed(evictions, "--evictions", [name for name in EVICTIONS if name != "belady"])
+    online = [name for name in EVICTIONS if name != "belady"]
+    names = listed(evictions or ["l-lru,rlt"], "--evictions", online)
     cells = []
     for spec in workload:
         make_workload(spec, seed=seed)  # a wrong spec shows before anything runs
@@ -97,5 +113,43 @@ def bench(
     console = Console()
     for table in bench_tables(rows, console.width):
         console.print(table)
+    if out is not None:
+        console.print(f"report: {out / 'report.html'}")
+
+
+def _suite(
+    evictions: list[str] | None,
+    traces: Path,
+    block_size: int,
+    seeds: int,
+    seed: int,
+    jobs: int,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    import msgspec
+    from rich.console import Console
+
+    from kvist.cache import EVICTIONS
+    from kvist.cli.progress import progress
+    from kvist.report.suite import suite_table, write
+    from kvist.suite import run, workloads
+
+    online = [name for name in EVICTIONS if name != "belady"]
+    names = online if not evictions else listed(evictions, "--evictions", online)
+    specs = workloads(traces)
+    with progress(len(specs) * seeds, "replaying") as advance:
+        outcome = run(
+            specs, names, block_size=block_size, seeds=seeds, seed=seed, jobs=jobs, progress=advance
+        )
+    if out is not None:
+        write(outcome, out)
+    if as_json:
+        typer.echo(msgspec.json.encode(outcome).decode())
+        return
+    console = Console()
+    console.print(suite_table(outcome))
+    if not traces.is_dir():
+        console.print(f"generated workloads only: no traces in {traces} (--traces FOLDER)")
     if out is not None:
         console.print(f"report: {out / 'report.html'}")

@@ -35,7 +35,7 @@ from kvist.routing.rls import RecursiveLeastSquares
 # Seconds; seconds per 1000 cached, uncached and reserved tokens. An H100-class worker with an 8B model needs
 # about 0.02 s per 1000 uncached tokens, an L40 0.14 s; the first answers settle which it is.
 PRIOR = (0.02, 0.002, 0.08, 0.08)
-SPREAD = (0.5, 0.2, 0.5, 0.5)
+SPREAD = (0.17, 0.07, 0.17, 0.17)
 BOUNDS = ((0.0, inf), (0.0, inf), (1e-5, inf), (1e-4, inf))
 RESERVED = (0.1, 0.02)  # reserved for any request, and for 1000 cached tokens, in 1000 uncached tokens
 SHORTEST_HALF_LIFE = 0.1  # seconds

@@ -1,0 +1,53 @@
+"""The standard suite: shares of the gap, and the page."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kvist.cli import main
+from kvist.report.suite import body, suite_table, write
+from kvist.suite import GENERATED, run, workloads
+
+SPECS = ["gsp:groups=8,prompts=8,lengths=64/256", "sharegpt:clients=6,message=32"]
+
+
+def test_shares_are_what_they_say() -> None:
+    outcome = run(SPECS, ["rlt", "fifo"], percent=(10.0, 100.0), seeds=2)
+    assert list(outcome.closed) == ["l-lru", "rlt", "fifo", "belady"]
+    assert outcome.closed["l-lru"] == 0.0
+    assert outcome.closed["belady"] == pytest.approx(1.0)
+    assert len(outcome.lines) == 4
+    assert outcome.counted <= 2  # at 100 % nothing has to go
+    for line in outcome.lines:
+        assert line.hit_rates["belady"] >= max(line.hit_rates.values()) - 1e-9
+        if line.percent == 100.0:
+            assert max(line.hit_rates.values()) == pytest.approx(min(line.hit_rates.values()))
+    best = max(outcome.lines[0].hit_rates[name] for name in ("l-lru", "rlt", "fifo"))
+    assert outcome.worst["rlt"] >= best - outcome.lines[0].hit_rates["rlt"] - 1e-12
+
+
+def test_the_same_in_several_processes() -> None:
+    assert run(SPECS, ["rlt"], percent=(5.0,), jobs=2) == run(SPECS, ["rlt"], percent=(5.0,))
+
+
+def test_table_and_files(tmp_path: Path) -> None:
+    outcome = run(SPECS, ["rlt"], percent=(5.0,), seeds=2)
+    assert suite_table(outcome).row_count == len(body(outcome)) == 2 + 2
+    write(outcome, tmp_path)
+    assert len((tmp_path / "suite.csv").read_text().splitlines()) == 1 + 2 * 3
+    assert json.loads((tmp_path / "suite.json").read_text())["closed"]["belady"] == pytest.approx(1.0)
+    assert "Gap closed" in (tmp_path / "report.html").read_text()
+
+
+def test_traces_are_taken_where_they_are(tmp_path: Path) -> None:
+    assert workloads(tmp_path / "gone") == workloads(None) == list(GENERATED)
+    (tmp_path / "mooncake_conversation.jsonl").write_text("{}")
+    assert workloads(tmp_path)[-1] == f"trace:{tmp_path}/mooncake_conversation.jsonl:limit=4000"
+
+
+def test_unknown_suite(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "--suite", "grand"])
+    assert stop.value.code == 2
+    assert "--suite: unknown 'grand'" in capsys.readouterr().err
