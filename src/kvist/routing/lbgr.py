@@ -18,7 +18,8 @@ Two things go beyond the paper:
   fleet's mean ones: noise in one worker's few observations is halved, a lasting difference in speed stays.
 - A congestion price. Greedy routing by one's own latency replicates a prefix whenever that saves this query
   a moment, and every token computed twice delays all who wait. A query's uncached tokens are charged for
-  that: their cost, times the mean number of requests in flight on a worker. Idle workers charge nothing.
+  that: their cost, times the requests they delay. That number lies between the least and the mean in flight
+  on a worker (their geometric mean is taken): while somebody is idle, nobody need be delayed.
   `congestion=0` is the rule as published.
 """
 
@@ -71,7 +72,7 @@ class LBGR(RoutingPolicy):
     params = {
         "objective": "what is predicted: `latency` (end to end) or `ttft`",
         "forgetting": "weight of the past per observation (0.99)",
-        "congestion": "price of delaying others, in mean requests in flight (1.0); 0: as published",
+        "congestion": "weight of the price for delaying others (1.0); 0: as published",
     }
 
     def __init__(
@@ -117,8 +118,9 @@ class LBGR(RoutingPolicy):
 
     def choose(self, query: Query, candidates: Sequence[Candidate], now: float) -> Decision:
         length = query.length
-        waiting = sum([candidate.worker.in_flight for candidate in candidates]) / len(candidates)
-        price = self.congestion * waiting * self._sum[2] / len(self._workers)
+        in_flight = [candidate.worker.in_flight for candidate in candidates]
+        delayed = sqrt(min(in_flight) * sum(in_flight) / len(in_flight))
+        price = self.congestion * delayed * self._sum[2] / len(self._workers)
         best, chosen, ties = inf, 0, 0
         scores = []
         for i, candidate in enumerate(candidates):
