@@ -1,7 +1,8 @@
 """A minimal OpenAI-like worker for tests and benchmarks: `python fake_worker.py PORT [mode]`.
 
 Modes: ok; hang (accepts, never answers); garbage (answers no HTTP); cut (closes amid a chunked answer);
-error (500); slow (streams a piece every 50 ms, without end). A `POST /mode` with a mode switches at run time.
+error (500); slow (streams a piece every 50 ms, without end); flood (streams as fast as it is read).
+A `POST /mode` with a mode switches at run time.
 """
 
 from __future__ import annotations
@@ -57,12 +58,15 @@ class Worker(asyncio.Protocol):
         self.url = b""
         self.body = b""
         self.closed = False
+        self.readable = asyncio.Event()
+        self.readable.set()
 
     def data_received(self, data: bytes) -> None:
         self.parser.feed_data(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.closed = True
+        self.readable.set()
 
     def on_message_begin(self) -> None:
         self.url = self.body = b""
@@ -102,6 +106,21 @@ class Worker(asyncio.Protocol):
             self.transport.write(plain(b'{"error":{"message":"broken"}}', b"500 Internal Server Error"))
         elif mode == "slow":
             asyncio.get_running_loop().create_task(self.stream())
+        elif mode == "flood":
+            asyncio.get_running_loop().create_task(self.flood())
+
+    def pause_writing(self) -> None:
+        self.readable.clear()
+
+    def resume_writing(self) -> None:
+        self.readable.set()
+
+    async def flood(self) -> None:
+        self.transport.write(HEAD)
+        while not self.closed:
+            await self.readable.wait()
+            self.transport.write(chunk(b"x" * 65536))
+            await asyncio.sleep(0)
 
     async def stream(self) -> None:
         self.transport.write(HEAD)

@@ -208,3 +208,15 @@ def test_without_a_congestion_price_it_is_the_published_rule() -> None:
         decision = ticket.decision
         same = decision.predicted == pytest.approx(min(decision.scores))
         assert same is (congestion == 0.0)
+
+
+@pytest.mark.parametrize(("rate", "slow"), [(10.0, 60.0), (15.0, 60.0)])
+def test_one_slow_first_answer_does_not_shut_a_worker_out(rate: float, slow: float) -> None:
+    """An engine that was still warming up is asked again."""
+    cluster, rng, now = Cluster(dict.fromkeys("abcd", 0.2)), Random(8), 0.0
+    ticket = cluster.router.route(Query(-1, pack(range(1500))), now, allowed={"a"})
+    cluster.router.complete(ticket, Outcome(latency=slow), now)
+    for number in range(3000):
+        now += rng.expovariate(rate)
+        cluster.send(now, number, rng.randrange(40))
+    assert cluster.count["a"] > 0.08 * 3000, "a fair share would be a quarter"

@@ -116,3 +116,43 @@ def test_prefixes_are_followed_after_routing() -> None:
     assert again.worker is first.worker and again.decision.cached == 900
     other = router.route(Query(2, pack(range(1000)), salt=b"other tenant"), 0.2)
     assert other.decision.cached == 0
+
+
+def test_a_policy_that_comes_back_still_settles_its_tickets() -> None:
+    """A switch away and back long after the start, with a request in flight throughout."""
+    policy = make_policy("lbgr", rng=Random(0))
+    router = Router(policy)
+    router.add_worker("a")
+    first = router.route(Query(0, pack(range(1000))), 3000.0)
+    router.set_policy(make_policy("random", rng=Random(0)), 3000.0)
+    router.set_policy(policy, 3000.1)
+    second = router.route(Query(1, pack(range(5000, 9000))), 3000.1)
+    router.complete(first, Outcome(), 3001.0)
+    assert router.worker("a").load > 1, "the second query's reservation stays"
+    router.complete(second, Outcome(), 3002.0)
+    assert router.worker("a").load == 0
+
+
+def test_a_restore_leaves_reservations_alone() -> None:
+    policy = make_policy("lbgr", rng=Random(0))
+    router = Router(policy)
+    router.add_worker("a")
+    first = router.route(Query(0, pack(range(1000))), 5.0)
+    policy.restore(policy.snapshot())
+    router.route(Query(1, pack(range(5000, 9000))), 5.0)
+    router.complete(first, Outcome(), 5.0)
+    assert router.worker("a").load == pytest.approx(4.1)
+
+
+def test_an_old_ticket_takes_nothing_from_a_worker_that_came_back() -> None:
+    for name in ("lbgr", "lbgr_reference"):
+        policy = make_policy(name, rng=Random(0))
+        router = Router(policy)
+        router.add_worker("a")
+        old = router.route(Query(0, pack(range(4000))), 0.0)
+        router.remove_worker("a", 0.0)
+        router.add_worker("a", 0.0)
+        router.route(Query(1, pack(range(9000, 13000))), 0.0)
+        reserved = policy._workers["a"].load  # type: ignore[attr-defined]
+        router.complete(old, Outcome(Status.FAILED), 0.0)
+        assert policy._workers["a"].load == reserved > 0, name  # type: ignore[attr-defined]

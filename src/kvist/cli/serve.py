@@ -30,6 +30,12 @@ def serve(
     first_byte_timeout: Annotated[
         float | None, typer.Option(help="Seconds to the first byte of an answer [300].")
     ] = None,
+    slow_client_timeout: Annotated[
+        float | None, typer.Option(help="Seconds a client may read nothing [60].")
+    ] = None,
+    drain_timeout: Annotated[
+        float | None, typer.Option(help="Seconds that requests get to end on SIGTERM [30].")
+    ] = None,
     retry_max_retries: Annotated[int | None, typer.Option(help="Further workers to try [2].")] = None,
     cb_failure_threshold: Annotated[
         int | None, typer.Option(help="Failures in a row that open a worker's circuit breaker [5].")
@@ -65,6 +71,8 @@ def serve(
         "rate_limit": rate_limit,
         "request_timeout": request_timeout,
         "first_byte_timeout": first_byte_timeout,
+        "slow_client_timeout": slow_client_timeout,
+        "drain_timeout": drain_timeout,
         "retry_max_retries": retry_max_retries,
         "cb_failure_threshold": cb_failure_threshold,
         "cb_timeout_duration": cb_timeout_duration,

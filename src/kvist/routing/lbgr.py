@@ -40,12 +40,13 @@ SPREAD = (0.17, 0.07, 0.17, 0.17)
 BOUNDS = ((0.0, inf), (0.0, inf), (1e-5, inf), (1e-4, inf))
 RESERVED = (0.1, 0.02)  # reserved for any request, and for 1000 cached tokens, in 1000 uncached tokens
 SHORTEST_HALF_LIFE = 0.1  # seconds
+STALE = 50  # answers of a mean worker, after which one that was sent nothing is thought of anew
 
 
 class _Worker:
     """What LBGR knows of one worker."""
 
-    __slots__ = ("at", "clock", "latency", "load", "model", "state", "used")
+    __slots__ = ("at", "clock", "latency", "learned", "load", "model", "state", "used")
 
     def __init__(self, model: RecursiveLeastSquares, now: float, state: WorkerState) -> None:
         self.model = model
@@ -54,6 +55,7 @@ class _Worker:
         self.at = now
         self.clock = 0.0  # half-lives passed
         self.latency = 1.0  # usual latency, seconds
+        self.learned = 0  # the fleet's count of answers when it last learned
         self.used = tuple(model.theta)  # the coefficients it predicts with
 
     def decay(self, now: float) -> None:
@@ -96,20 +98,38 @@ class LBGR(RoutingPolicy):
         self._workers: dict[str, _Worker] = {}
         self._sum = [0.0] * len(PRIOR)  # of the workers' coefficients
         self._restored: dict[str, dict[str, object]] = {}
+        self._answers = 0
 
     def _model(self) -> RecursiveLeastSquares:
         return RecursiveLeastSquares(PRIOR, SPREAD, BOUNDS, self.forgetting)
 
     def worker_added(self, worker: WorkerState, now: float) -> None:
-        """A new worker starts from what it knew before a restart, else from its fellows' mean."""
+        """A new worker starts from what it knew before a restart, else from its fellows' mean.
+
+        One that is known already keeps its queue: tickets in flight give back what they reserved in it.
+        """
+        own = self._workers.get(worker.id)
+        if own is not None and own.state is worker:
+            if worker.id in self._restored:
+                self._take_back(own)
+            return
         self.worker_removed(worker, now)
         model = self._model()
-        if worker.id in self._restored:
-            model.load(self._restored.pop(worker.id))
-        elif any(own.model.observations for own in self._workers.values()):
+        if any(own.model.observations for own in self._workers.values()):
             model.theta = [total / len(self._workers) for total in self._sum]
-        self._workers[worker.id] = _Worker(model, now, worker)
-        self._sum = [total + own for total, own in zip(self._sum, model.theta, strict=True)]
+        own = self._workers[worker.id] = _Worker(model, now, worker)
+        own.learned = self._answers
+        self._sum = [total + theta for total, theta in zip(self._sum, model.theta, strict=True)]
+        if worker.id in self._restored:
+            self._take_back(own)
+
+    def _take_back(self, own: _Worker) -> None:
+        """What the worker's model was before a restart."""
+        before = own.model.theta
+        own.model = self._model()
+        own.model.load(self._restored.pop(own.state.id))
+        own.used = tuple(own.model.theta)
+        self._sum = [t + new - old for t, new, old in zip(self._sum, own.model.theta, before, strict=True)]
 
     def worker_removed(self, worker: WorkerState, now: float) -> None:
         gone = self._workers.pop(worker.id, None)
@@ -167,6 +187,31 @@ class LBGR(RoutingPolicy):
             return
         self._learn(own, (1.0, cached, miss, load), seen)
         own.latency += 0.05 * (min(seen, 10 * own.latency) - own.latency)
+        self._answers += 1
+        own.learned = self._answers
+        if self._answers % STALE == 0:
+            self._rethink()
+
+    def _rethink(self) -> None:
+        """Workers that got nothing for long meet their fellows half way.
+
+        A worker judged by one slow answer (it was still warming up) would never be asked again. The odd query
+        that a truly slow one gets for it confirms what was known.
+        """
+        n = len(self._workers)
+        for own in self._workers.values():
+            if n == 1 or own.state.in_flight or self._answers - own.learned < STALE * n:
+                continue
+            before = own.model.theta
+            others = [(total - theta) / (n - 1) for total, theta in zip(self._sum, before, strict=True)]
+            model = self._model()  # as uncertain as at the start
+            model.theta = [
+                min(theta, sqrt(max(theta * other, low * low)))
+                for theta, other, (low, _) in zip(before, others, model.bounds, strict=True)
+            ]
+            own.model, own.used = model, tuple(model.theta)
+            own.learned = self._answers
+            self._sum = [t + new - old for t, new, old in zip(self._sum, model.theta, before, strict=True)]
 
     def _learn(self, own: _Worker, features: tuple[float, ...], seen: float) -> None:
         before = own.model.theta[:]

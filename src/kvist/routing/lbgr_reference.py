@@ -18,9 +18,10 @@ CHARACTERS_PER_TOKEN = 4
 
 
 class _Worker:
-    __slots__ = ("at", "bias", "load", "p")
+    __slots__ = ("at", "bias", "load", "p", "state")
 
-    def __init__(self, now: float) -> None:
+    def __init__(self, now: float, state: WorkerState) -> None:
+        self.state = state
         self.load = 0.0  # ms
         self.at = now
         self.bias = 0.0  # ms, the only coefficient that is learned
@@ -37,7 +38,9 @@ class LBGRReference(RoutingPolicy):
         self._workers: dict[str, _Worker] = {}
 
     def worker_added(self, worker: WorkerState, now: float) -> None:
-        self._workers[worker.id] = _Worker(now)
+        own = self._workers.get(worker.id)
+        if own is None or own.state is not worker:
+            self._workers[worker.id] = _Worker(now, worker)
 
     def worker_removed(self, worker: WorkerState, now: float) -> None:
         self._workers.pop(worker.id, None)
@@ -61,7 +64,8 @@ class LBGRReference(RoutingPolicy):
         own.load += service
 
     def completed(self, ticket: Ticket, outcome: Outcome, now: float) -> None:
-        if ticket.worker.id not in self._workers or not ticket.memo:
+        known = self._workers.get(ticket.worker.id)
+        if known is None or known.state is not ticket.worker or not ticket.memo:
             return
         own = self._decayed(ticket.worker.id, now)
         service, predicted = ticket.memo

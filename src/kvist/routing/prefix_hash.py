@@ -41,6 +41,7 @@ class PrefixHash(RoutingPolicy):
         self._ring: list[tuple[int, str]] = []
 
     def worker_added(self, worker: WorkerState, now: float) -> None:
+        self.worker_removed(worker, now)  # told of a worker twice, its points are still on the ring once
         for i in range(self.replicas):
             insort(self._ring, (xxh3_64_intdigest(f"{worker.id}#{i}".encode()), worker.id))
 

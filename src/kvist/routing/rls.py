@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from math import isfinite, sqrt
 
 _CLIP = 3.0  # a residual counts no more than this many times the usual error (Huber)
+_FIRST = 10.0  # before the usual error is known: no more than this many times the prediction
 _SETTLING = 8  # observations before the usual error is trusted
 
 
@@ -53,6 +54,10 @@ class RecursiveLeastSquares:
                 size = min(size, 2 * limit)  # a lasting change raises the usual error step by step
             self.error += 0.05 * (size - self.error)
         else:
+            limit = _FIRST * (abs(y - residual) + 1e-3)
+            if size > limit:  # the first answer of a cold engine is not how it will be
+                residual = limit if residual > 0 else -limit
+                size = limit
             self.error += (size - self.error) / self.observations
         rows = self.covariance
         px = [sum(p * v for p, v in zip(row, x, strict=True)) for row in rows]
