@@ -59,7 +59,7 @@ operations = st.lists(
 
 @pytest.mark.parametrize("block_size", [1, 16])
 @pytest.mark.parametrize("name", ONLINE)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(ops=operations, capacity=st.integers(1, 12), seed=st.integers(0, 9))
 def test_agrees_with_the_oracle(
     name: str, block_size: int, ops: list[tuple[str, Blocks, int]], capacity: int, seed: int
