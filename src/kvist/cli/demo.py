@@ -53,7 +53,7 @@ def demo(
         with progress(4, "simulating") as advance:
             rows = trace_rows(trace, seed, advance)
         if not as_json:
-            for table in bench_tables(rows):
+            for table in bench_tables(rows, console.width):
                 console.print(table)
     write(setups, words, scale.describe(), rows, out)
     if as_json:
