@@ -21,7 +21,7 @@ CHAT = "/v1/chat/completions"
 
 def send_raw(url: str, body: bytes, path: str = CHAT) -> socket.socket:
     host, port = url.removeprefix("http://").split(":")
-    sock = socket.create_connection((host, int(port)), timeout=10)
+    sock = socket.create_connection((host, int(port)), timeout=30)
     head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
     sock.sendall(head.encode() + body)
     return sock
@@ -62,11 +62,11 @@ def test_a_broken_worker_is_retried_elsewhere_and_then_left_alone() -> None:
 
 @pytest.mark.parametrize(("mode", "words"), [("garbage", "not valid HTTP"), ("hang", "no answer in time")])
 def test_without_another_worker_the_client_is_told(mode: str, words: str) -> None:
-    with running([fake(mode)], "--first-byte-timeout=0.5") as gateway:
+    with running([fake(mode)], "--first-byte-timeout=2") as gateway:
         start = time.monotonic()
         status, body, _ = call(gateway.url, CHAT, chat())
         assert status == 502 and words in json.loads(body)["error"]["message"]
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 10
         assert at_rest(gateway.url)
         assert metric(gateway.url, "kvist_requests_total", outcome="failed") == 1
 
@@ -74,7 +74,7 @@ def test_without_another_worker_the_client_is_told(mode: str, words: str) -> Non
 @pytest.mark.parametrize("mode", ["garbage", "hang"])
 def test_with_another_worker_the_client_notices_nothing(mode: str) -> None:
     bad, good = fake(mode), fake()
-    with running([bad, good], "--policy=round_robin", "--first-byte-timeout=0.5") as gateway:
+    with running([bad, good], "--policy=round_robin", "--first-byte-timeout=2") as gateway:
         assert [call(gateway.url, CHAT, chat(f"{i}"))[0] for i in range(4)] == [200] * 4
         assert metric(gateway.url, "kvist_retries_total", worker=bad.url) >= 1
         assert at_rest(gateway.url)
