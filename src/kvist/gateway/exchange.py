@@ -126,6 +126,10 @@ class Exchange:
             self.response_failed(f"cannot connect: {error or 'timed out'}", stale=False)
             return
         self._connecting = None
+        if upstream.transport.is_closing():  # closed again before it could be told whom to tell
+            upstream.close()
+            self.response_failed("the worker closed the connection at once", stale=False)
+            return
         self._send(upstream)
 
     def _bytes(self, worker: Worker) -> bytes:

@@ -61,8 +61,7 @@ class Fleet:
         self.router.remove_worker(url, now)
         self._tasks.pop(url).cancel()
         self._allowed.clear()
-        if not worker.pool.open:
-            worker.pool.close()
+        worker.pool.retire()
 
     def drain(self, url: str) -> None:
         """Send nothing new to a worker. Raises KeyError."""

@@ -40,9 +40,11 @@ class UpstreamConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]
 
-    def send(self, exchange: Exchange, request: bytes, *, head_only: bool = False) -> None:
+    def send(self, exchange: Exchange, request: bytes, *, keep: bool = True) -> None:
+        """`keep`: give the connection back to the pool afterwards, if the worker keeps it too."""
         self.exchange = exchange
         self.used += 1
+        self._may_keep = keep
         self._parser = httptools.HttpResponseParser(self)
         self._head = bytearray()
         self._headers: list[Header] = []
@@ -97,7 +99,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def _end(self) -> None:
         exchange, self.exchange = self.exchange, None
-        reusable = self._framed and self._keep and not self.transport.is_closing()
+        reusable = self._may_keep and self._framed and self._keep and not self.transport.is_closing()
         if reusable:
             self.pool.park(self)
         else:
@@ -207,6 +209,12 @@ class Pool:
         while self._idle and now - self._idle[0].parked_at > self._idle_seconds:
             self._idle.pop(0).close()
 
+    def retire(self) -> None:
+        """Close what is idle, and what is in use as soon as its answer is complete."""
+        self._keep = 0
+        while self._idle:
+            self._idle.pop().close()
+
     def close(self) -> None:
         for connection in list(self._all):
             connection.close()
@@ -261,7 +269,8 @@ async def fetch(
     lines = [b"GET " + pool.base + path.encode() + b" HTTP/1.1\r\nhost: " + pool.authority + b"\r\n"]
     lines += [name + b": " + value + b"\r\n" for name, value in headers or []]
     waiting = Fetch()
-    connection.send(waiting, b"".join([*lines, b"connection: close\r\n\r\n"]))
+    # Kept, the connection could already carry somebody's request when it is closed below.
+    connection.send(waiting, b"".join([*lines, b"connection: close\r\n\r\n"]), keep=False)
     try:
         async with asyncio.timeout(seconds):
             return await waiting.done
