@@ -1,5 +1,6 @@
 """The command line as a user meets it: results, options from three places, and one line for bad input."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvist.cache import EVICTIONS
-from kvist.cli import main, spread
+from kvist.cli import COMMANDS, main, spread
 from kvist.cli.cache import parse_size
 from kvist.routing import ROUTERS
 
@@ -39,6 +40,13 @@ def test_policies_lists_every_policy(kvist) -> None:  # type: ignore[no-untyped-
     assert names >= {("routing", name) for name in ROUTERS} | {("eviction", name) for name in EVICTIONS}
     assert all(row["description"] and row["source"] for row in rows)
     assert "lbgr" in kvist("policies").out
+
+
+def test_every_command_file_is_a_command(kvist) -> None:  # type: ignore[no-untyped-def]
+    files = Path(str(importlib.import_module("kvist.cli").__file__)).parent.glob("*.py")
+    assert {f.stem for f in files if "def register(" in f.read_text()} == set(COMMANDS)
+    shown = kvist("--help").out
+    assert all(f" {name} " in shown for name in COMMANDS)
 
 
 def test_bench_json_and_table(kvist) -> None:  # type: ignore[no-untyped-def]

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kvist.cache import PrefixCache, make_eviction
-from kvist.cli import app, calibrate
+from kvist.cli import complete
 from kvist.engine import Engine, load_profile
 from kvist.engine.fit import fit, observe
 from kvist.engine.latency import COEFFICIENTS, LatencyProfile, to_toml
@@ -147,10 +147,10 @@ def test_toml_round_trip(tmp_path: Path) -> None:
 def test_the_command_writes_a_profile_that_loads(tmp_path: Path) -> None:
     profile = load_profile("llama-3.1-8b-h100")
     table = write_csv(tmp_path / "steps.csv", steps(profile, 0.01))
-    if not any(command.callback is calibrate.calibrate for command in app.registered_commands):
-        calibrate.register(app)
     out = tmp_path / "own.toml"
-    found = CliRunner().invoke(app, ["calibrate", str(table), "--kv-tokens", "5000", "--out", str(out)])
+    found = CliRunner().invoke(
+        complete(), ["calibrate", str(table), "--kv-tokens", "5000", "--out", str(out)]
+    )
     assert found.exit_code == 0, found.output
     own = load_profile(out)
     assert own.capacity == 5000 and own.fit_error is not None and own.fit_error < 0.02

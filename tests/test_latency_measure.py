@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from kvist.cli import app, calibrate
+from kvist.cli import complete
 from kvist.engine.latency import load_profile
 from kvist.engine.measure import SHAPES, Model, Shape, grid, load_shape
 from kvist.engine.measured import read_steps
@@ -61,12 +61,10 @@ def test_a_step_attends_to_its_context_and_writes_the_cache() -> None:
 def test_a_tiny_model_is_measured_and_fitted(tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="measuring needs PyTorch (extra: calibrate)")
     pytest.importorskip("scipy", reason="fitting needs SciPy (extra: optimum)")
-    if not any(command.callback is calibrate.calibrate for command in app.registered_commands):
-        calibrate.register(app)
     table, out = tmp_path / "steps.csv", tmp_path / "own.toml"
     options = ["--device", "cpu", "--shape", "tiny", "--longest", "256", "--batch", "16"]
     options += ["--kv-tokens", "1000", "--steps", str(table), "--out", str(out)]
-    found = CliRunner().invoke(app, ["calibrate", *options])
+    found = CliRunner().invoke(complete(), ["calibrate", *options])
     assert found.exit_code == 0, found.output
     assert len(read_steps(table)) == len(grid(256, 16))
     profile = load_profile(out)
@@ -75,7 +73,5 @@ def test_a_tiny_model_is_measured_and_fitted(tmp_path: Path) -> None:
 
 
 def test_a_table_or_a_device() -> None:
-    if not any(command.callback is calibrate.calibrate for command in app.registered_commands):
-        calibrate.register(app)
-    found = CliRunner().invoke(app, ["calibrate", "--kv-tokens", "5"])
+    found = CliRunner().invoke(complete(), ["calibrate", "--kv-tokens", "5"])
     assert isinstance(found.exception, ValueError) and "TABLE" in str(found.exception)

@@ -6,6 +6,7 @@ the TOML file of `--config` (the table named as the command, else top-level keys
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from typing import Any
@@ -13,7 +14,18 @@ from typing import Any
 import typer
 from typer.main import get_command
 
-COMMANDS = ("demo", "engine", "serve", "bench", "cache", "theory", "optimum", "policies", "fidelity")
+COMMANDS = (  # in the order of --help
+    "demo",
+    "serve",
+    "engine",
+    "bench",
+    "cache",
+    "theory",
+    "optimum",
+    "policies",
+    "fidelity",
+    "calibrate",
+)
 
 app = typer.Typer(
     name="kvist",
@@ -27,6 +39,14 @@ app = typer.Typer(
 @app.callback()
 def _root() -> None:
     """Keeps `kvist COMMAND` a group however many commands there are."""
+
+
+@functools.cache
+def complete() -> typer.Typer:
+    """The app with every command in it."""
+    for command in COMMANDS:
+        importlib.import_module(f"kvist.cli.{command}").register(app)
+    return app
 
 
 def spread(argv: list[str], multiple: set[str]) -> list[str]:
@@ -61,10 +81,8 @@ def _multiple(command: Any) -> set[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Run kvist. Bad input ends in one line on standard error and exit code 2."""
-    for command in COMMANDS:
-        importlib.import_module(f"kvist.cli.{command}").register(app)
     argv = sys.argv[1:] if argv is None else argv
-    group = get_command(app)
+    group = get_command(complete())
     commands = getattr(group, "commands", {})
     if argv and argv[0] in commands:
         argv = [argv[0], *spread(argv[1:], _multiple(commands[argv[0]]))]

@@ -45,7 +45,7 @@ def cache(
 
     spec = workload
     name = workload.split(":")[0]
-    if name not in WORKLOADS and (Path(name).suffix or Path(name).exists()):
+    if name not in WORKLOADS and (Path(name).suffix or "/" in name or Path(name).exists()):
         spec = f"trace:{workload}"
     described = make_workload(spec, rate=rate, seed=seed).describe()
     names = listed(policies, "--policies", list(EVICTIONS))
