@@ -47,6 +47,21 @@ def serve(
     allow_path: Annotated[
         list[str] | None, typer.Option(help="Further worker paths to pass on (POST).")
     ] = None,
+    tokenizer: Annotated[
+        list[str] | None,
+        typer.Option(help="Make prompts token ids: folder with tokenizer.json, or MODEL=FOLDER."),
+    ] = None,
+    kv_events: Annotated[
+        list[str] | None,
+        typer.Option(help="Follow KV events: port, or tcp://{host}:{port+1000}; one, or one a worker."),
+    ] = None,
+    kv_events_replay: Annotated[
+        list[str] | None, typer.Option(help="Where missed KV events are replayed, likewise.")
+    ] = None,
+    kv_events_topic: Annotated[str | None, typer.Option(help="Topic of the KV events [any].")] = None,
+    data_parallel_size: Annotated[
+        int | None, typer.Option(help="Engines behind each worker URL, for their KV events [1].")
+    ] = None,
     snapshot: Annotated[str | None, typer.Option(help="File that keeps what was learned.")] = None,
     log_requests: Annotated[bool, typer.Option(help="Log each request, without its text.")] = False,
     tls_cert: Annotated[str | None, typer.Option(help="TLS certificate chain file.")] = None,
@@ -80,6 +95,11 @@ def serve(
         "health_check_endpoint": health_check_endpoint,
         "max_payload_size": max_payload_size,
         "allow_paths": allow_path,
+        "tokenizer": tokenizer,
+        "kv_events": kv_events,
+        "kv_events_replay": kv_events_replay,
+        "kv_events_topic": kv_events_topic,
+        "data_parallel_size": data_parallel_size,
         "snapshot": snapshot,
         "log_requests": log_requests or None,
         "tls_cert": tls_cert,

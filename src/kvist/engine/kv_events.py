@@ -87,6 +87,8 @@ def encode(event: CacheEvent) -> dict[str, Any]:
         return {"type": "BlockRemoved", "block_hashes": list(event.hashes), "medium": "GPU"}
     if isinstance(event, Cleared):
         return {"type": "AllBlocksCleared"}
+    salted = event.salt and event.parent is None  # as vLLM: in the first block's extra keys only
+    first = [event.salt.decode("utf-8", "replace")]
     return {
         "type": "BlockStored",
         "block_hashes": list(event.hashes),
@@ -95,4 +97,6 @@ def encode(event: CacheEvent) -> dict[str, Any]:
         "block_size": event.block_size,
         "lora_id": None,
         "medium": "GPU",
+        "lora_name": None,
+        "extra_keys": [first, *[None] * (len(event.hashes) - 1)] if salted else None,
     }

@@ -6,6 +6,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -16,15 +17,12 @@ from kvist.gateway.auth import Keys
 from kvist.gateway.exchange import JSON, Exchange
 from kvist.gateway.fleet import Fleet
 from kvist.gateway.history import History
+from kvist.gateway.knowledge.knowledge import Knowledge
 from kvist.gateway.metrics import Collector, Metrics, exposition
-from kvist.gateway.prompt import BYTES_PER_TOKEN, BadBody, parse, to_query
-from kvist.gateway.settings import ROUTED, Settings
+from kvist.gateway.prompt import BadBody, parse, to_query
+from kvist.gateway.settings import ROUTED, Settings, WorkerSpec
 from kvist.http.server import Connection, Connections, Limits, Request, error_body
-from kvist.prefix.base import PrefixKnowledge
-from kvist.prefix.index import PrefixIndex
 from kvist.routing import ROUTERS, Outcome, Ticket, make_policy
-
-INDEX_BLOCK = 16  # bytes of text that match or miss together
 
 
 class Gateway:
@@ -34,20 +32,15 @@ class Gateway:
         self,
         settings: Settings,
         *,
-        index: PrefixKnowledge | None = None,
         log: Callable[..., None] = lambda event, **fields: None,
     ) -> None:
         self.settings = settings
         self.log = log
         self.now = time.monotonic  # uvloop's own clock counts whole milliseconds
         policy = make_policy(settings.policy, rng=Random(settings.seed), **settings.policy_params)
-        own = PrefixIndex(
-            unit=1,
-            block_size=INDEX_BLOCK,
-            units_per_token=BYTES_PER_TOKEN,
-            budget=settings.index_tokens,
-        )
-        self.fleet = Fleet(settings, policy, index if index is not None else own)
+        self.knowledge = Knowledge(settings, lambda: self.fleet.adapters(), log)
+        self.tokens = self.knowledge.tokens
+        self.fleet = Fleet(settings, policy, self.knowledge.index, self.knowledge.subscriptions)
         self.keys = Keys(settings.api_keys)
         self.admin = Keys([settings.admin_key] if settings.admin_key else [])
         self.admission = Admission(
@@ -124,6 +117,8 @@ class Gateway:
             client.respond(404, error_body(404, text, "model_not_found"), kind=JSON)
             return
         exchange = Exchange(self, client, request, query, bool(body.stream))
+        if self.tokens is not None:
+            exchange.prepare = partial(self.tokens.prepare, query, kind, body, request.body)
         if self.admission.enter():
             exchange.begin()
             return
@@ -224,9 +219,9 @@ class Gateway:
         if action == (b"GET", "workers"):
             self._workers(client)
         elif action == (b"POST", "workers"):
-            url = _text(request.body, "url")
-            self.fleet.add(url, self.now())
-            self._json(client, {"added": url.rstrip("/")}, 201)
+            spec = self._spec(request.body)
+            self.fleet.add(spec, self.now())
+            self._json(client, {"added": spec.url}, 201)
         elif action == (b"DELETE", "workers"):
             from urllib.parse import unquote
 
@@ -244,6 +239,12 @@ class Gateway:
             self._json(client, {"policy": self.fleet.router.policy.name, "choices": list(ROUTERS)})
         else:
             client.respond(405, error_body(405, "method not allowed"), kind=JSON)
+
+    def _spec(self, body: bytes) -> WorkerSpec:
+        """A worker from {"url": …} and what else WorkerSpec has; the rest as for `worker_urls`."""
+        given = msgspec.json.decode(body, type=dict[str, Any])
+        base = msgspec.structs.asdict(self.settings.spec(_text(body, "url")))
+        return msgspec.convert({**base, **given}, WorkerSpec)
 
     def sweep(self) -> None:
         """Called a few times a second: timeouts, idle connections, samples for the dashboard."""

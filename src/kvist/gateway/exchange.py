@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kvist.gateway.admission import Waiting
@@ -49,6 +50,7 @@ class Exchange:
         "entry",
         "first_data",
         "gateway",
+        "prepare",
         "query",
         "request",
         "started",
@@ -56,6 +58,7 @@ class Exchange:
         "status",
         "stream",
         "ticket",
+        "tokenised",
         "upstream",
         "worker",
     )
@@ -83,6 +86,8 @@ class Exchange:
         self._last_data = 0.0
         self._connecting: asyncio.Task[None] | None = None
         self._client_paused = False
+        self.prepare: Callable[[Callable[[bool], None]], None] | None = None  # makes token ids of the query
+        self.tokenised = False
         client.owner = self
 
     # Sending
@@ -90,7 +95,15 @@ class Exchange:
         """A place was free (or became so): route and send."""
         self.entry = None
         self.gateway.active.add(self)
-        self._dispatch()
+        if self.prepare is None:
+            self._dispatch()
+        else:
+            self.prepare(self._prepared)
+
+    def _prepared(self, tokenised: bool) -> None:
+        self.tokenised = tokenised
+        if self in self.gateway.active:  # else the client left or time ran out
+            self._dispatch()
 
     def _dispatch(self) -> None:
         gateway = self.gateway
@@ -340,6 +353,8 @@ class Exchange:
         if cached is None or not prompt or self.ticket is None or self.worker is None:
             return
         scale = self.query.length / prompt
+        if self.tokenised:
+            self.gateway.metrics.token_counts[self.query.length == prompt] += 1
         outcome.cached_tokens = round(cached * scale)
         metrics = self.gateway.metrics.worker(self.worker.id)
         metrics.cached_true += cached

@@ -10,7 +10,9 @@ from typing import Any
 import msgspec
 
 from kvist.gateway.breaker import Breaker
-from kvist.gateway.settings import Settings
+from kvist.gateway.knowledge.believed import BelievedIndex
+from kvist.gateway.knowledge.subscriber import Subscriptions
+from kvist.gateway.settings import Settings, WorkerSpec
 from kvist.http.client import Pool, fetch
 from kvist.prefix.base import PrefixKnowledge
 from kvist.routing import Router, RoutingPolicy
@@ -24,6 +26,7 @@ class Worker:
         self.pool = Pool(url)
         self.breaker = Breaker(settings.cb_failure_threshold, settings.cb_timeout_duration)
         self.models: frozenset[str] = frozenset()  # empty: not known yet, takes any
+        self.adapters: frozenset[str] = frozenset()  # those of the models that are LoRA adapters
         self.healthy = True
         self.draining = False
         self.checks = 0  # in a row, of the kind that would change `healthy`
@@ -35,20 +38,37 @@ class Worker:
 class Fleet:
     """Add, drop and drain workers; health checks never touch load or counters."""
 
-    def __init__(self, settings: Settings, policy: RoutingPolicy, index: PrefixKnowledge) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        policy: RoutingPolicy,
+        index: PrefixKnowledge,
+        subscriptions: Subscriptions | None = None,
+    ) -> None:
         self.settings = settings
+        self.subscriptions = subscriptions
         self.router = Router(policy, index=index)
         self.workers: dict[str, Worker] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._allowed: dict[str, frozenset[str]] = {}
+        self._adapters: frozenset[str] = frozenset()
 
-    def add(self, url: str, now: float) -> Worker:
-        """Raises ValueError for a malformed or known URL."""
-        url = url.rstrip("/")
+    def add(self, given: WorkerSpec | str, now: float) -> Worker:
+        """Raises ValueError for a malformed or known URL, or a malformed address of KV events."""
+        spec = self.settings.spec(given) if isinstance(given, str) else given
+        url = spec.url
         if url in self.workers:
             raise ValueError(f"worker {url} is there already")
+        if spec.kv_events and self.subscriptions is None:
+            raise ValueError("kv_events: start the gateway with --kv-events to follow any")
         worker = Worker(url, self.settings)
-        self.router.add_worker(url, now)
+        state = self.router.add_worker(url, now)
+        if self.subscriptions is not None:
+            try:
+                self.subscriptions.add(spec, state.slot)
+            except ValueError:
+                self.router.remove_worker(url, now)
+                raise
         self.workers[url] = worker
         self._allowed.clear()
         self._tasks[url] = asyncio.get_running_loop().create_task(self._watch(worker))
@@ -58,6 +78,8 @@ class Fleet:
         """Forget a worker; requests in flight on it run to their end. Raises KeyError."""
         worker = self.workers.pop(url)
         worker.draining = True
+        if self.subscriptions is not None:
+            self.subscriptions.remove(self.router.worker(url).slot)
         self.router.remove_worker(url, now)
         self._tasks.pop(url).cancel()
         self._allowed.clear()
@@ -67,6 +89,10 @@ class Fleet:
         """Send nothing new to a worker. Raises KeyError."""
         self.workers[url].draining = True
         self._allowed.clear()
+
+    def adapters(self) -> frozenset[str]:
+        """The models that are LoRA adapters of others."""
+        return self._adapters
 
     def serves(self, model: str) -> bool:
         """Whether any worker, healthy or not, may serve the model."""
@@ -107,11 +133,17 @@ class Fleet:
                 "pending_prefill": states[worker.id].pending_prefill,
                 "load": states[worker.id].load,
                 "routed": states[worker.id].routed,
-                "index_tokens": states[worker.id].cached_tokens,
+                "index_tokens": self.router.index.cached_tokens(states[worker.id].slot),
+                "knows": self._knows(states[worker.id].slot),
                 "upstream_connections": worker.pool.open,
             }
             for worker in self.workers.values()
         ]
+
+    def _knows(self, slot: int) -> str:
+        """What the index of a worker rests on: own decisions, or KV events and how far they reach."""
+        index = self.router.index
+        return str(index.state(slot)) if isinstance(index, BelievedIndex) else "own"
 
     def close(self) -> None:
         for task in self._tasks.values():
@@ -160,6 +192,8 @@ class Fleet:
         try:
             data = msgspec.json.decode(body)["data"]
             worker.models = frozenset(str(entry["id"]) for entry in data)
-        except (msgspec.DecodeError, KeyError, TypeError):
+            worker.adapters = frozenset(str(entry["id"]) for entry in data if entry.get("parent"))
+        except (msgspec.DecodeError, KeyError, TypeError, AttributeError):
             return
+        self._adapters = frozenset().union(*(w.adapters for w in self.workers.values()))
         self._allowed.clear()

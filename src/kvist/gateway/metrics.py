@@ -46,6 +46,10 @@ class Metrics:
         self.decisions: Counter[tuple[str, str]] = Counter()  # (policy, worker)
         self.refused: Counter[str] = Counter()  # by HTTP status
         self.disconnects = 0
+        self.token_counts = {
+            True: 0,
+            False: 0,
+        }  # prompts, by whether the engine counts as many
         self.decision_seconds = 0.0
 
     def worker(self, worker_id: str) -> WorkerMetrics:
@@ -91,6 +95,7 @@ class Collector:
         yield family(Gauge, "active_requests", "Requests under way.", [], [((), gateway.admission.active)])
         yield family(Gauge, "queued_requests", "Requests waiting.", [], [((), gateway.admission.waiting)])
         yield family(Gauge, "client_connections", "Open connections.", [], [((), gateway.open_clients)])
+        yield from self._knowledge(family, Count, Gauge)
         rows = gateway.fleet.rows()
         for name, text in (
             ("in_flight", "Requests in flight on the worker."),
@@ -140,6 +145,61 @@ class Collector:
                 histogram = getattr(own, field)
                 made.add_metric([worker_id], histogram.buckets(), histogram.total)
             yield made
+
+    def _knowledge(self, family: Any, Count: Any, Gauge: Any) -> Iterator[Any]:
+        """Of the tokenizer and the KV events, where there are any."""
+        knowledge, fleet = self.state.knowledge, self.state.fleet
+        if (tokens := knowledge.tokens) is not None:
+            yield family(
+                Count,
+                "tokenized_prompts",
+                "Prompts made into token ids whose number the engine told, by whether it counts the same.",
+                ["agrees"],
+                [((str(agrees).lower(),), n) for agrees, n in self.metrics.token_counts.items()],
+            )
+            for name, text in (
+                ("as_text", "Prompts that the tokenizer could not make token ids of."),
+                ("in_threads", "Prompts that were tokenised in a thread."),
+            ):
+                yield family(Count, f"tokenizer_{name}", text, [], [((), getattr(tokens, name))])
+        if knowledge.subscriptions is None:
+            return
+        feeds = [
+            ((worker.id, str(feed.rank)), feed)
+            for worker in fleet.router.workers
+            for feed in knowledge.subscriptions.feeds.get(worker.slot, ())
+        ]
+        labels = ["worker", "rank"]
+        for name, text in (
+            ("batches", "Batches of KV events."),
+            ("events", "KV events that concern GPU memory."),
+            ("gaps", "Batches missing in the sequence."),
+            ("replays", "Gaps that a replay answered."),
+            ("resets", "Times that what a publisher had said was forgotten for lack of a part of it."),
+            ("restarts", "Engines that started afresh."),
+            ("invalid", "Messages that could not be read."),
+            ("unknown_parents", "Stored blocks whose parent was never announced."),
+        ):
+            rows = [(label, getattr(feed.counts, name)) for label, feed in feeds]
+            yield family(Count, f"kv_events_{name}", text, labels, rows)
+        yield family(
+            Gauge,
+            "kv_events_lag_seconds",
+            "From the latest batch's timestamp to its arrival, by the two hosts' clocks.",
+            labels,
+            [(label, feed.counts.lag) for label, feed in feeds],
+        )
+        yield family(
+            Gauge,
+            "kv_events_state",
+            "How far the events reach, 1 for the state they are in.",
+            [*labels, "state"],
+            [
+                ((*label, state), float(feed.state == state))
+                for label, feed in feeds
+                for state in ("silent", "partial", "exact")
+            ],
+        )
 
 
 def exposition(collector: Collector) -> bytes:

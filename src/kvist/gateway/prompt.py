@@ -83,6 +83,13 @@ def to_query(number: int, kind: str, body: Body, tenant: str) -> Query:
     )
 
 
+def engine_salt(lora: str, cache_salt: str) -> bytes:
+    """What keeps equal token ids apart in an engine's cache: the LoRA adapter's name, and the cache salt."""
+    if not lora and not cache_salt:
+        return b""
+    return f"{lora}\0{cache_salt}".encode("utf-8", "surrogatepass")
+
+
 def _required(value: msgspec.Raw, name: str) -> msgspec.Raw:
     raw = bytes(value)
     if not raw or raw == b"null":

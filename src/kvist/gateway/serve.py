@@ -42,8 +42,8 @@ async def serve(
     path = Path(settings.snapshot) if settings.snapshot else None
     if path is not None and snapshot.load(gateway.fleet.router.policy, path):
         log("restored", snapshot=str(path))
-    for url in settings.worker_urls:
-        gateway.fleet.add(url, gateway.now())
+    for spec in settings.specs():
+        gateway.fleet.add(spec, gateway.now())
     loop = asyncio.get_running_loop()
     server = await loop.create_server(
         lambda: Connection(gateway.connections),
@@ -69,6 +69,7 @@ async def serve(
     if path is not None:
         snapshot.save(gateway.fleet.router.policy, path)
     gateway.fleet.close()
+    gateway.knowledge.close()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.remove_signal_handler(number)
 
@@ -128,11 +129,14 @@ def _reload(gateway: Gateway, reload: Callable[[], Settings], log: Callable[...,
         log("reload failed", error=str(error))
         return
     gateway.keys, gateway.admin = keys, admin
-    wanted = {url.rstrip("/") for url in settings.worker_urls}
-    for url in set(gateway.fleet.workers) - wanted:
+    wanted = {spec.url: spec for spec in settings.specs()}
+    for url in set(gateway.fleet.workers) - set(wanted):
         gateway.fleet.remove(url, gateway.now())
-    for url in sorted(wanted - set(gateway.fleet.workers)):
-        gateway.fleet.add(url, gateway.now())
+    for url in sorted(set(wanted) - set(gateway.fleet.workers)):
+        try:
+            gateway.fleet.add(wanted[url], gateway.now())
+        except ValueError as error:
+            log("reload failed", worker=url, error=str(error))
     log("reloaded", workers=len(wanted))
 
 

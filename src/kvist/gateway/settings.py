@@ -20,10 +20,29 @@ ROUTED = {
 }
 
 
+class WorkerSpec(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A worker with settings of its own: `[[serve.workers]]`, or the body of POST /workers.
+
+    kv_events, kv_events_replay: ZeroMQ addresses, as in Settings; each of `data_parallel_size` ranks uses the
+    port behind that of the rank before it.
+    """
+
+    url: str
+    kv_events: str = ""
+    kv_events_replay: str = ""
+    data_parallel_size: int = 1
+
+    def __post_init__(self) -> None:
+        self.url = self.url.rstrip("/")
+        if not 1 <= self.data_parallel_size <= 1024:
+            raise ValueError(f"data_parallel_size must lie between 1 and 1024, not {self.data_parallel_size}")
+
+
 class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Names follow the SGLang lineage where it has one. Times in seconds. Raises ValueError."""
 
     worker_urls: list[str] = []
+    workers: list[WorkerSpec] = []
     policy: str = "lbgr"
     policy_params: dict[str, Any] = {}
     host: str = "127.0.0.1"
@@ -55,6 +74,13 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     health_failure_threshold: int = 3
     health_success_threshold: int = 1
     drain_timeout: float = 30.0
+
+    tokenizer: list[str] = []  # PATH or MODEL=PATH; empty: prompts are text
+    # Addresses of KV events: a port, or tcp://{host}:{port+1000}; one for all worker_urls, or one for each.
+    kv_events: list[str] = []
+    kv_events_replay: list[str] = []
+    kv_events_topic: str = ""
+    data_parallel_size: int = 1  # engines behind one worker URL, each with its own events
 
     index_tokens: int = 4_000_000  # a worker's prefixes that the index remembers
     allow_paths: list[str] = []  # further worker paths that are passed on
@@ -91,9 +117,49 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             raise ValueError(f"port must lie between 0 and 65535, not {self.port}")
         if bool(self.tls_cert) != bool(self.tls_key):
             raise ValueError("tls_cert and tls_key go together: give both or neither")
+        self._check_events()
         for path in self.allow_paths:
             if not path.startswith("/"):
                 raise ValueError(f"allow_paths: {path!r} must start with /")
+
+    def _check_events(self) -> None:
+        for name in ("kv_events", "kv_events_replay"):
+            given = len(getattr(self, name))
+            if given not in (0, 1, len(self.worker_urls)):
+                raise ValueError(
+                    f"{name}: give one address for all workers, or one for each of the "
+                    f"{len(self.worker_urls)} worker_urls, not {given}"
+                )
+        if self.kv_events_replay and not self.kv_events:
+            raise ValueError("kv_events_replay needs kv_events")
+        if self.follows_events and not self.tokenizer:
+            raise ValueError(
+                "kv_events needs tokenizer: events name token ids, and prompts must be made of them"
+            )
+        self.specs()
+
+    @property
+    def follows_events(self) -> bool:
+        """Whether KV events are subscribed to at all."""
+        return bool(self.kv_events) or any(worker.kv_events for worker in self.workers)
+
+    def specs(self) -> list[WorkerSpec]:
+        """All workers: those with settings of their own, and those of `worker_urls`. Raises ValueError."""
+        found = {worker.url: worker for worker in self.workers}
+        for i, url in enumerate(self.worker_urls):
+            spec = self.spec(url, i)
+            found.setdefault(spec.url, spec)
+        return list(found.values())
+
+    def spec(self, url: str, place: int = 0) -> WorkerSpec:
+        """The worker that a bare URL means; `place` among worker_urls."""
+        events, replay = (
+            values[min(place, len(values) - 1)] if values else ""
+            for values in (self.kv_events, self.kv_events_replay)
+        )
+        return WorkerSpec(
+            url=url, kv_events=events, kv_events_replay=replay, data_parallel_size=self.data_parallel_size
+        )
 
 
 def load_settings(path: Path) -> dict[str, Any]:

@@ -13,6 +13,9 @@ class PrefixKnowledge(Protocol):
     def add_worker(self, slot: int, capacity: int) -> None:
         """A worker joins with nothing cached; `capacity` in tokens, 0 if unknown."""
 
+    def set_capacity(self, slot: int, capacity: int) -> None:
+        """The worker's capacity became known, in tokens."""
+
     def remove_worker(self, slot: int) -> None:
         """Forget all that the worker held."""
 

@@ -63,11 +63,19 @@ class PrefixIndex:
             self.remove_worker(slot)
         self._lru[slot] = {}
         self._held[slot] = 0
+        self.set_capacity(slot, capacity)
+
+    def set_capacity(self, slot: int, capacity: int) -> None:
+        """A smaller budget takes effect with the next prompt that is routed there."""
         self._limit[slot] = max((capacity or self.budget) * self.units_per_token // self.block_size, 1)
 
-    def remove_worker(self, slot: int) -> None:
+    def forget(self, slot: int) -> None:
+        """The worker holds nothing any more (it restarted)."""
         while self._lru[slot]:
             self._forget(next(iter(self._lru[slot])), slot)
+
+    def remove_worker(self, slot: int) -> None:
+        self.forget(slot)
         del self._lru[slot], self._held[slot], self._limit[slot]
 
     def cached_tokens(self, slot: int) -> int:

@@ -51,6 +51,12 @@ class Router:
         self.policy.worker_added(worker, now)
         return worker
 
+    def set_capacity(self, worker_id: str, capacity: int) -> None:
+        """A worker's cache capacity in tokens became known. Raises KeyError for an unknown worker."""
+        worker = self.worker(worker_id)
+        worker.capacity = capacity
+        self.index.set_capacity(worker.slot, capacity)
+
     def remove_worker(self, worker_id: str, now: float = 0.0) -> None:
         """A worker leaves; tickets in flight on it stay valid and are completed by the host."""
         worker = self._workers.pop(worker_id).worker

@@ -1,0 +1,1 @@
+"""What the gateway knows of its workers' caches and load: token ids, KV events, metrics."""

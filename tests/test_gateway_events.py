@@ -1,0 +1,138 @@
+"""A gateway that follows the KV events of embedded engines: what it expects is what they count."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from random import Random
+
+import pytest
+from gateway_processes import Process, call, chat, engine, metric, running, state, wait_for
+
+pytest.importorskip("zmq")
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+@contextmanager
+def following(
+    count: int, *options: str, engine_options: tuple[str, ...] = ()
+) -> Iterator[tuple[Process, list[Process]]]:
+    """A gateway with `count` engines whose events it follows, and the engines."""
+    live, replay = free_ports(count), free_ports(count)
+    engines = [
+        engine(
+            f"--kv-events=tcp://127.0.0.1:{live[i]}",
+            f"--kv-events-replay=tcp://127.0.0.1:{replay[i]}",
+            *engine_options,
+        )
+        for i in range(count)
+    ]
+    addresses = [f"--kv-events={port}" for port in live] + [f"--kv-events-replay={port}" for port in replay]
+    with running(engines, "--tokenizer=embedded", *addresses, *options) as gateway:
+        yield gateway, engines
+
+
+def knows(gateway: Process) -> list[str]:
+    return [worker["knows"] for worker in state(gateway.url)["workers"]]
+
+
+def test_estimates_are_what_the_engines_count() -> None:
+    rng = Random(1)
+    texts = ["".join(rng.choice("abcdefgh ") for _ in range(2000)) for _ in range(4)]
+    with following(2, "--policy=lbgr") as (gateway, _):
+        for i in range(24):
+            text = texts[i % 4][: rng.randrange(200, 2000)]
+            body = chat(
+                text, model="tiny", max_tokens=4, stream=i % 2 == 0, stream_options={"include_usage": True}
+            )
+            status, _, _ = call(gateway.url, "/v1/chat/completions", body)
+            assert status == 200
+            wait_for(lambda: metric(gateway.url, "kvist_kv_events_batches_total") > 0)
+        recent = state(gateway.url)["recent"]
+        assert len(recent) == 24
+        hits = 0
+        for entry in recent:
+            assert entry["cached_true"] is not None
+            assert entry["cached"] == entry["cached_true"], entry
+            hits += entry["cached"] > 0
+        assert hits > 10
+        assert "exact" in knows(gateway) and "partial" not in knows(gateway)
+        assert metric(gateway.url, "kvist_tokenized_prompts_total", agrees="true") == 24
+        for name in ("gaps", "resets", "invalid", "unknown_parents", "restarts"):
+            assert metric(gateway.url, f"kvist_kv_events_{name}_total") == 0, name
+
+
+def test_a_flushed_engine_is_believed_empty() -> None:
+    with following(1) as (gateway, engines):
+        body = chat("x" * 1000, model="tiny", max_tokens=1)
+        for _ in range(2):
+            call(gateway.url, "/v1/chat/completions", body)
+        wait_for(lambda: knows(gateway) == ["exact"])
+        assert state(gateway.url)["recent"][-1]["cached"] > 100
+        assert call(engines[0].url, "/flush_cache", b"")[0] == 200
+        wait_for(lambda: state(gateway.url)["workers"][0]["index_tokens"] == 0)
+        call(gateway.url, "/v1/chat/completions", body)
+        assert state(gateway.url)["recent"][-1]["cached"] == 0
+
+
+def test_eviction_is_followed() -> None:
+    """A cache of 2 000 tokens and prompts of 300: what fell out is no longer expected."""
+    with following(1, engine_options=("--kv-tokens=2000",)) as (gateway, _):
+        for i in range(30):
+            body = chat(f"{i % 11} " + "y" * 1200, model="tiny", max_tokens=1)
+            assert call(gateway.url, "/v1/chat/completions", body)[0] == 200
+            before = metric(gateway.url, "kvist_kv_events_events_total")
+            wait_for(lambda before=before: metric(gateway.url, "kvist_kv_events_events_total") >= before)
+        entries = state(gateway.url)["recent"]
+        held = state(gateway.url)["workers"][0]["index_tokens"]
+        assert 0 < held <= 2000
+        assert sum(entry["cached"] == entry["cached_true"] for entry in entries) >= 27, entries
+
+
+def test_salted_prompts_do_not_match_others() -> None:
+    with following(1) as (gateway, _):
+        for salt in ("a", "a", "b", None, None):
+            body = chat("z" * 1000, model="tiny", max_tokens=1, **({"cache_salt": salt} if salt else {}))
+            assert call(gateway.url, "/v1/chat/completions", body)[0] == 200
+        wait_for(lambda: knows(gateway) == ["exact"])
+        cached = [(entry["cached"], entry["cached_true"]) for entry in state(gateway.url)["recent"]]
+        assert [estimate > 0 for estimate, _ in cached] == [False, True, False, False, True]
+        assert all(estimate == true for estimate, true in cached), cached
+
+
+def test_bad_addresses_end_in_one_line() -> None:
+    import subprocess
+    import sys
+
+    for options, words in (
+        (["--kv-events=5557"], "kv_events needs tokenizer"),
+        (["--kv-events=udp://x", "--tokenizer=embedded"], "is no address to connect to"),
+        (["--kv-events=1", "--kv-events=2", "--kv-events=3", "--tokenizer=embedded"], "one for each"),
+        (["--tokenizer=/nowhere"], "tokenizer.json"),
+    ):
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "kvist",
+                "serve",
+                "--port=0",
+                "--worker-urls=http://127.0.0.1:9",
+                *options,
+            ],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 2, done
+        assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
