@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
 
 from kvist.http.client import Fetch, Pool, UpstreamConnection, fetch
+from kvist.http.garbage import TOO_MANY, WORTH_IT, Garbage
+from kvist.http.server import Connection, Connections, Request
 
 KEPT = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"  # says nothing of closing, whatever was asked
 
@@ -68,3 +72,93 @@ def test_a_retired_pool_closes_idle_connections_and_those_in_use_after_their_ans
             assert pool.open == 0 and pool.take() is None
 
     asyncio.run(check())
+
+
+def answered_by(answer: bytes, requests: int = 1) -> list[tuple[int, bytes]]:
+    """What a worker's raw answer becomes, over one kept connection as long as it is kept."""
+
+    async def check() -> list[tuple[int, bytes]]:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            while await reader.readline():
+                await reader.readline()
+                writer.write(answer)
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        pool = Pool(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        found = []
+        for _ in range(requests):
+            waiting = Fetch(max_body=1 << 30)
+            (pool.take() or await pool.connect(5)).send(waiting, b"GET / HTTP/1.1\r\n\r\n")
+            found.append(await asyncio.wait_for(waiting.done, 10))
+        assert pool.open <= 1
+        pool.close()
+        server.close()
+        return found
+
+    return asyncio.run(check())
+
+
+def test_a_large_body_behind_the_head_is_no_large_head() -> None:
+    body = b"x" * 300_000
+    answer = b"HTTP/1.1 200 OK\r\ncontent-length: 300000\r\n\r\n" + body
+    assert answered_by(answer, 3) == [(200, body)] * 3
+    with pytest.raises(ConnectionError, match="head is too large"):
+        answered_by(b"HTTP/1.1 200 OK\r\nx: " + body + b"\r\ncontent-length: 0\r\n\r\n")
+
+
+def test_interim_and_empty_answers_on_a_kept_connection() -> None:
+    assert answered_by(b"HTTP/1.1 100 Continue\r\n\r\n" + KEPT, 3) == [(200, b"ok")] * 3
+    assert answered_by(b"HTTP/1.1 204 No Content\r\n\r\n", 3) == [(204, b"")] * 3
+
+
+def test_closed_connections_are_freed_without_a_collection() -> None:
+    """Full collections wait for idle moments, so nothing may need them."""
+    alive: list[weakref.ref[object]] = []
+
+    def echo(request: Request, client: Connection) -> None:
+        client.respond(200, request.body, kind=b"text/plain")
+        alive.append(weakref.ref(client))
+
+    async def check() -> None:
+        loop = asyncio.get_running_loop()
+        connections = Connections(echo)
+        server = await loop.create_server(lambda: Connection(connections), "127.0.0.1", 0)
+        pool = Pool(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        for _ in range(20):
+            assert await fetch(pool, "/x", seconds=5) == (200, b"")
+            waiting = Fetch()
+            upstream = await pool.connect(5)
+            upstream.send(waiting, b"GET / HTTP/1.1\r\n\r\n")
+            await waiting.done
+            alive.append(weakref.ref(upstream))
+            pool.take()
+            upstream.close()
+            del upstream
+        await asyncio.sleep(0.1)
+        server.close()
+
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(check())
+        assert len(alive) == 60 and not [ref for ref in alive if ref() is not None]
+    finally:
+        gc.enable()
+
+
+def test_collections_wait_for_an_idle_moment() -> None:
+    frozen, thresholds = gc.get_freeze_count(), gc.get_threshold()
+    try:
+        garbage = Garbage(0.0)
+        assert not gc.isenabled() and gc.get_freeze_count() > frozen
+        assert not garbage.sweep(100.0, idle=True), "nothing was made"
+        kept = [[i] for i in range(WORTH_IT)]
+        assert not garbage.sweep(59.0, idle=True) and not garbage.sweep(100.0, idle=False)
+        assert garbage.sweep(101.0, idle=True) and not garbage.sweep(200.0, idle=True)
+        kept += [[i] for i in range(TOO_MANY)]
+        assert garbage.sweep(201.0, idle=False), "too much to wait"
+        del kept
+    finally:
+        gc.unfreeze()
+        gc.enable()
+        gc.set_threshold(*thresholds)

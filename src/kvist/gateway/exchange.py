@@ -158,13 +158,12 @@ class Exchange:
 
     # The answer (kvist.http.client.Exchange)
     def response_head(self, status: int, headers: list[Header], body: bytes) -> None:
-        assert self.worker is not None and self.ticket is not None
+        assert self.worker is not None and self.ticket is not None and self.upstream is not None
         self.status = status
         if status in RETRYABLE and self._retry(f"answered {status}"):
             return
         self.state_deadline = self.deadline
-        framed = any(name in (b"content-length", b"transfer-encoding") for name, _ in headers)
-        if not framed and status not in (204, 304):
+        if not self.upstream.framed:
             self.request.keep_alive = False  # the body ends with the connection
         out = [(name, value) for name, value in headers if name not in HOP]
         if self.request.header(b"x-kvist-explain") is not None:

@@ -96,6 +96,8 @@ class Fleet:
 
     def serves(self, model: str) -> bool:
         """Whether any worker, healthy or not, may serve the model."""
+        if self._allowed.get(model):  # the usual case: asked before
+            return True
         return any(not w.models or model in w.models for w in self.workers.values())
 
     def allowed(self, model: str, now: float, without: Collection[str] = ()) -> frozenset[str]:

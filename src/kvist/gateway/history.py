@@ -12,6 +12,7 @@ Times in seconds; hit_rate is true cached / prompt tokens where engines tell, el
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from kvist.routing import Outcome, Status, Ticket
@@ -21,14 +22,16 @@ if TYPE_CHECKING:
 
 SAMPLES = 300  # seconds that are kept
 LATENCIES = 512  # of each worker, for its percentiles
+WINDOW = 1024  # so that closing a second's window stays well under a millisecond
 
 
 class _Window:
-    """Requests that ended since the last sample."""
+    """Requests that ended since the last sample; the latest WINDOW of them for the percentiles."""
 
     def __init__(self) -> None:
-        self.latencies: list[float] = []
-        self.errors: list[float] = []
+        self.ended = 0
+        self.latencies: deque[float] = deque(maxlen=WINDOW)
+        self.errors: deque[float] = deque(maxlen=WINDOW)
         self.cached = 0
         self.prompt = 0
 
@@ -45,6 +48,7 @@ class History:
         if outcome.status is not Status.OK or outcome.latency is None:
             return
         window = self._window
+        window.ended += 1
         window.latencies.append(outcome.latency)
         if ticket.decision.predicted is not None:
             window.errors.append(abs(outcome.latency - ticket.decision.predicted))
@@ -69,7 +73,7 @@ class History:
                 "p50": quantile(window.latencies, 0.5),
                 "p95": quantile(window.latencies, 0.95),
                 "error": quantile(window.errors, 0.5),
-                "rate": len(window.latencies) / max(now - self._sampled_at, 1.0),
+                "rate": window.ended / max(now - self._sampled_at, 1.0),
             }
         )
         self._sampled_at = now
@@ -112,7 +116,7 @@ class History:
         }
 
 
-def quantile(values: list[float], share: float) -> float | None:
+def quantile(values: Collection[float], share: float) -> float | None:
     """The value below which `share` of the values lie; None without values."""
     if not values:
         return None

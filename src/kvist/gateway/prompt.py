@@ -69,7 +69,7 @@ def to_query(number: int, kind: str, body: Body, tenant: str) -> Query:
     elif kind == "generate":
         prompt = _open(_required(body.text if bytes(body.text) else body.input_ids, "text"))
     else:
-        prompt = _open(body.messages if bytes(body.messages) else body.prompt)
+        prompt = _open(bytes(body.messages) or bytes(body.prompt))
     output = body.max_completion_tokens or body.max_tokens or body.max_output_tokens or 1
     return Query(
         number,
@@ -90,17 +90,16 @@ def engine_salt(lora: str, cache_salt: str) -> bytes:
     return f"{lora}\0{cache_salt}".encode("utf-8", "surrogatepass")
 
 
-def _required(value: msgspec.Raw, name: str) -> msgspec.Raw:
+def _required(value: msgspec.Raw, name: str) -> bytes:
     raw = bytes(value)
     if not raw or raw == b"null":
         raise BadBody(f"the field `{name}` is missing")
-    return value
+    return raw
 
 
-def _open(value: msgspec.Raw) -> bytes:
+def _open(raw: bytes) -> bytes:
     """JSON text without what closes it, so that a longer list or string has it as a prefix."""
-    raw = bytes(value)
-    return raw[:-1].rstrip() if raw[-1:] in b']"}' and raw else raw
+    return raw[:-1].rstrip() if raw.endswith((b"]", b'"', b"}")) else raw
 
 
 def _salt(kind: str, body: Body, tenant: str) -> bytes:

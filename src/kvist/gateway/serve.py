@@ -17,6 +17,7 @@ from kvist.gateway import snapshot
 from kvist.gateway.app import Gateway
 from kvist.gateway.auth import Keys
 from kvist.gateway.settings import Settings
+from kvist.http.garbage import Garbage
 from kvist.http.server import Connection
 
 SWEEP_SECONDS = 0.2
@@ -94,9 +95,11 @@ def _tls(settings: Settings) -> ssl.SSLContext | None:
 
 async def _sweep(gateway: Gateway, path: Path | None, log: Callable[..., None]) -> None:
     saved = gateway.now()
+    garbage = Garbage(saved)
     while True:
         await asyncio.sleep(SWEEP_SECONDS)
         gateway.sweep()
+        garbage.sweep(gateway.now(), idle=not gateway.admission.active)
         if path is not None and gateway.now() - saved > gateway.settings.snapshot_interval:
             saved = gateway.now()
             try:

@@ -45,8 +45,9 @@ class UpstreamConnection(asyncio.Protocol):
         self.exchange = exchange
         self.used += 1
         self._may_keep = keep
-        self._parser = httptools.HttpResponseParser(self)
-        self._head = bytearray()
+        if self._parser is None:  # a kept connection keeps its parser: it is ready for the next answer
+            self._parser = httptools.HttpResponseParser(self)
+        self._head = b""
         self._headers: list[Header] = []
         self._in_head = True
         self._complete = False
@@ -54,6 +55,11 @@ class UpstreamConnection(asyncio.Protocol):
         self._keep = False
         self._received = False
         self.transport.write(request)
+
+    @property
+    def framed(self) -> bool:
+        """Whether the end of the answer's body can be told, other than by the end of the connection."""
+        return self._framed
 
     def data_received(self, data: bytes) -> None:
         exchange = self.exchange
@@ -67,16 +73,15 @@ class UpstreamConnection(asyncio.Protocol):
                 if self._complete:
                     self._end()
             return
-        self._head += data
-        if len(self._head) > self.pool.max_head:
+        self._head = raw = self._head + data if self._head else data
+        end = raw.find(b"\r\n\r\n")
+        if (end if end >= 0 else len(raw)) > self.pool.max_head:
             self.fail("the response head is too large")
             return
-        end = self._head.find(b"\r\n\r\n")
         if end < 0:
             return
-        raw = bytes(self._head)
         if raw[9:12] == b"100":  # an interim answer: the real one follows
-            self._head = bytearray()
+            self._head = b""
             if raw[end + 4 :]:
                 self.data_received(raw[end + 4 :])
             return
@@ -115,6 +120,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.pool.gone(self)
+        self._parser = None  # it refers back: a cycle would wait for a collection
         if self.exchange is None:
             return
         if not self._in_head and not self._framed:  # a body that ends with the connection

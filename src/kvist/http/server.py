@@ -106,6 +106,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.server.open.discard(self)
+        self._parser = None  # it refers back: a cycle would wait for a collection
         owner, self.owner = self.owner, None
         self.request = None
         self._pending.clear()
@@ -143,7 +144,9 @@ class Connection(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._headers.append((name.lower(), value))
-        self._count_header(len(name) + len(value))
+        self._header_size += len(name) + len(value)
+        if self._header_size > self.server.limits.max_header:
+            self._count_header(0)
 
     def _count_header(self, size: int) -> None:
         self._header_size += size

@@ -11,10 +11,11 @@ leaves go first, as an engine's would; an edge that nobody holds is freed.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 
 from kvist.model import TOKEN_BYTES, Query
-from kvist.prefix.tree import Node, RadixTree
+from kvist.prefix.tree import Node, RadixTree, Walk
 
 CORRECTION_SLACK = 128  # tokens; vLLM's largest usual block
 DEFAULT_BUDGET = 4_000_000  # tokens a worker, where its capacity is unknown
@@ -52,16 +53,17 @@ class PrefixIndex:
         self.budget = budget
         self.units_per_token = units_per_token
         self.tree = RadixTree(unit * block_size, self)
-        self._lru: dict[
-            int, dict[Node, None]
-        ] = {}  # per worker, least recently used first, leaves before parents
+        # Per worker, least recently used first, leaves before parents. A plain dict would walk over all that
+        # was deleted at its front to find the next.
+        self._lru: dict[int, OrderedDict[Node, None]] = {}
+        self._walked: tuple[Query, Walk] | None = None  # the last match, for the `routed` that follows it
         self._held: dict[int, int] = {}  # blocks
         self._limit: dict[int, int] = {}
 
     def add_worker(self, slot: int, capacity: int) -> None:
         if slot in self._lru:
             self.remove_worker(slot)
-        self._lru[slot] = {}
+        self._lru[slot] = OrderedDict()
         self._held[slot] = 0
         self.set_capacity(slot, capacity)
 
@@ -84,9 +86,9 @@ class PrefixIndex:
     def match(self, query: Query, slots: int) -> list[int]:
         cached = [0] * slots
         walk = self.tree.walk(query.prompt, query.salt)
-        path = walk.path
-        if walk.partial is not None and walk.part:
-            path.append(walk.partial)
+        self._walked = (query, walk)
+        partial = walk.partial if walk.part else None
+        path = walk.path if partial is None else [*walk.path, partial]
         if not path:
             return cached
         holders: int = path[0].state
@@ -97,7 +99,7 @@ class PrefixIndex:
                 for slot in bits(holders ^ still):
                     cached[slot] = depth
                 holders = still
-            depth += (walk.part if node is walk.partial else node.size) * self.block_size
+            depth += (walk.part if node is partial else node.size) * self.block_size
         for slot in bits(holders):
             cached[slot] = depth
         return cached
@@ -106,7 +108,11 @@ class PrefixIndex:
         """Hold the prompt's whole blocks for the worker and make them its most recently used."""
         tree, prompt = self.tree, query.prompt
         lru, bit = self._lru[slot], 1 << slot
-        walk = tree.walk(prompt, query.salt)
+        if self._walked is not None and self._walked[0] is query:
+            walk = self._walked[1]
+        else:
+            walk = tree.walk(prompt, query.salt)
+        self._walked = None
         path, offset = walk.path, walk.offset
         if walk.part:
             assert walk.partial is not None
@@ -119,11 +125,11 @@ class PrefixIndex:
             path.append(leaf)
         for node in reversed(path):  # leaf first: the front of the order is always a leaf of this worker
             if node.state & bit:
-                del lru[node]
+                lru.move_to_end(node)
             else:
                 node.state |= bit
                 self._held[slot] += node.size
-            lru[node] = None
+                lru[node] = None
         while self._held[slot] > self._limit[slot] and lru:
             self._forget(next(iter(lru)), slot)
 
@@ -165,6 +171,7 @@ class PrefixIndex:
 
     def _forget(self, node: Node, slot: int) -> None:
         """The worker no longer holds `node`, which is a leaf among what it holds."""
+        self._walked = None
         del self._lru[slot][node]
         self._held[slot] -= node.size
         node.state &= ~(1 << slot)
@@ -175,13 +182,13 @@ class PrefixIndex:
     # The tree's observer.
     def split(self, upper: Node, lower: Node) -> None:
         upper.state = lower.state
+        self._walked = None
         for slot in bits(lower.state):
             lru = self._lru[slot]
             lru[upper] = None  # behind its child, so leaves still go first; and its ancestors behind it
             above = upper.parent
             while above is not None and above.parent is not None:
-                del lru[above]
-                lru[above] = None
+                lru.move_to_end(above)
                 above = above.parent
 
     def candidate(self, node: Node) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import isfinite, sqrt
+from operator import mul
 
 _CLIP = 3.0  # a residual counts no more than this many times the usual error (Huber)
 _FIRST = 10.0  # before the usual error is known: no more than this many times the prediction
@@ -38,7 +39,7 @@ class RecursiveLeastSquares:
         self.covariance = [[self._start[i] if i == j else 0.0 for j in range(n)] for i in range(n)]
 
     def predict(self, x: Sequence[float]) -> float:
-        return sum(t * v for t, v in zip(self.theta, x, strict=True))
+        return float(sum(map(mul, self.theta, x)))
 
     def update(self, x: Sequence[float], y: float) -> None:
         """Learn one observation."""
@@ -60,16 +61,17 @@ class RecursiveLeastSquares:
                 size = limit
             self.error += (size - self.error) / self.observations
         rows = self.covariance
-        px = [sum(p * v for p, v in zip(row, x, strict=True)) for row in rows]
-        scale = self.forgetting + sum(p * v for p, v in zip(px, x, strict=True))
+        forgetting = self.forgetting
+        px = [sum(map(mul, row, x)) for row in rows]
+        scale = forgetting + sum(map(mul, px, x))
         if not isfinite(scale) or scale <= 0:
             return
-        for i, (t, p) in enumerate(zip(self.theta, px, strict=True)):
-            low, high = self.bounds[i]
-            self.theta[i] = min(max(t + p / scale * residual, low), high)
-        for i, row in enumerate(rows):
-            for j in range(len(row)):
-                row[j] = (row[j] - px[i] * px[j] / scale) / self.forgetting
+        self.theta[:] = [
+            min(max(t + p / scale * residual, low), high)
+            for t, p, (low, high) in zip(self.theta, px, self.bounds, strict=True)
+        ]
+        for row, p in zip(rows, px, strict=True):
+            row[:] = [(r - p * q / scale) / forgetting for r, q in zip(row, px, strict=True)]
         self._bound_covariance()
 
     def _bound_covariance(self) -> None:
