@@ -18,6 +18,7 @@ LAYERS = [
     "engine",
     "sim",
     "gateway",
+    "picker",
     "plugins",
     "optimum",
     "bench",

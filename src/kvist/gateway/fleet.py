@@ -85,9 +85,9 @@ class Fleet:
         self._allowed.clear()
         worker.pool.retire()
 
-    def drain(self, url: str) -> None:
-        """Send nothing new to a worker. Raises KeyError."""
-        self.workers[url].draining = True
+    def drain(self, url: str, draining: bool = True) -> None:
+        """Send nothing new to a worker (or do again). Raises KeyError."""
+        self.workers[url].draining = draining
         self._allowed.clear()
 
     def adapters(self) -> frozenset[str]:

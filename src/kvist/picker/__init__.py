@@ -1,0 +1,1 @@
+"""The endpoint picker: routing policies behind Envoy, over its external-processing protocol."""
