@@ -87,12 +87,12 @@ def bootstrap(
 
 
 def _route(retries: int) -> dict[str, Any]:
-    """No timeouts: an answer may stream for long. Retried is what no endpoint has begun to work on."""
+    """No timeouts: an answer may stream for long. Retried is what the client has seen nothing of yet."""
     return {
         "cluster": "pool",
         "timeout": "0s",
         "retry_policy": {
-            "retry_on": "connect-failure,refused-stream,reset-before-request",
+            "retry_on": "connect-failure,refused-stream,reset",
             "num_retries": retries,
             "retry_back_off": {"base_interval": "0.005s", "max_interval": "0.05s"},
         },

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from google.protobuf.message import DecodeError
+
 from kvist.http.server import error_body
 from kvist.picker import messages
 from kvist.picker.core import Asked, Flight, Picker, Refused
@@ -67,7 +69,7 @@ class Exchange:
         """Raises ValueError for a message that is none, or comes out of order."""
         try:
             request = messages.read(data)
-        except Exception as error:  # protobuf's DecodeError is not a ValueError
+        except DecodeError as error:
             raise ValueError(f"not a ProcessingRequest: {error}") from None
         kind = request.WhichOneof("request")
         if self.closed or kind is None:
@@ -82,6 +84,8 @@ class Exchange:
 
     # The request
     def _request_headers(self, part: Any, request: Any, now: float) -> list[bytes]:
+        if self._headers:
+            raise ValueError("request headers come twice")
         self._headers = messages.headers_of(part)
         self._subset = messages.subset_of(request)
         modes = request.protocol_config

@@ -40,7 +40,7 @@ async def serve(
     path = Path(settings.snapshot) if settings.snapshot else None
     if path is not None and snapshot.load(fleet.router.policy, path):
         log("restored", snapshot=str(path))
-    services = Services(picker)
+    services = Services(picker, log)
     admin = Admin(picker, fleet, services)
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()

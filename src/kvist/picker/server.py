@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable
 
-from kvist.http import grpc
+from kvist.http import call, grpc
 from kvist.picker.core import Picker
 from kvist.picker.exchange import Exchange
 from kvist.picker.protocol import SERVICE
@@ -19,7 +20,7 @@ class Process:
 
     __slots__ = ("_exchange", "_services", "_stream")
 
-    def __init__(self, services: Services, stream: grpc.Stream) -> None:
+    def __init__(self, services: Services, stream: call.Stream) -> None:
         self._services = services
         self._stream = stream
         self._exchange = Exchange(services.picker, self._resume)
@@ -30,7 +31,7 @@ class Process:
         try:
             out = exchange.receive(data, self._services.now())
         except ValueError as error:
-            self._end(grpc.INVALID_ARGUMENT, str(error))
+            self._end(call.INVALID_ARGUMENT, str(error))
             return
         for message in out:
             self._stream.send(message)
@@ -50,7 +51,7 @@ class Process:
         self._services.open.discard(self)
         self._exchange.close(self._services.now())
 
-    def _end(self, status: int = grpc.OK, text: str = "") -> None:
+    def _end(self, status: int = call.OK, text: str = "") -> None:
         self.lost()
         self._stream.finish(status, text)
 
@@ -60,16 +61,21 @@ class Health:
 
     __slots__ = ("_name", "_services", "_stream", "_watch")
 
-    def __init__(self, services: Services, stream: grpc.Stream, watch: bool) -> None:
+    def __init__(self, services: Services, stream: call.Stream, watch: bool) -> None:
         self._services = services
         self._stream = stream
         self._watch = watch
         self._name = ""
 
     def message(self, data: bytes) -> None:
+        from google.protobuf.message import DecodeError
         from grpc_health.v1.health_pb2 import HealthCheckRequest
 
-        self._name = str(HealthCheckRequest.FromString(data).service)
+        try:
+            self._name = str(HealthCheckRequest.FromString(data).service)
+        except DecodeError as error:
+            self._stream.finish(call.INVALID_ARGUMENT, str(error))
+            return
         if self._watch:
             self._services.watchers.add(self)
             self.tell()
@@ -77,7 +83,7 @@ class Health:
             self.tell()
             self._stream.finish()
         else:
-            self._stream.finish(5, "no such service")  # NOT_FOUND
+            self._stream.finish(call.NOT_FOUND, "no such service")
 
     def tell(self) -> None:
         from grpc_health.v1.health_pb2 import HealthCheckResponse as Response
@@ -96,28 +102,34 @@ class Health:
 class Services:
     """What a picker answers over gRPC. `ready`: discovery has answered once, and nobody stops us."""
 
-    def __init__(self, picker: Picker) -> None:
+    def __init__(self, picker: Picker, log: Callable[..., None] = lambda event, **fields: None) -> None:
         self.picker = picker
+        self.log = log
         self.now = time.monotonic
         self.ready = False
         self.open: set[Process] = set()
         self.watchers: set[Health] = set()
         self.connections: set[grpc.Connection] = set()
         health = b"/grpc.health.v1.Health/"
-        self._health: dict[bytes, Callable[[grpc.Stream], grpc.Handler]] = {
+        self._health: dict[bytes, Callable[[call.Stream], call.Handler]] = {
             health + b"Check": lambda stream: Health(self, stream, watch=False),
             health + b"Watch": lambda stream: Health(self, stream, watch=True),
         }
-        self._calls: dict[bytes, Callable[[grpc.Stream], grpc.Handler]] = {
+        self._calls: dict[bytes, Callable[[call.Stream], call.Handler]] = {
             f"/{SERVICE}/Process".encode(): lambda stream: Process(self, stream),
             **self._health,
         }
 
     def protocol(self) -> grpc.Connection:
-        return grpc.Connection(self._calls, self.connections)
+        return grpc.Connection(self._calls, self.connections, self._broken)
 
     def health_protocol(self) -> grpc.Connection:
-        return grpc.Connection(self._health, self.connections)
+        return grpc.Connection(self._health, self.connections, self._broken)
+
+    def _broken(self, error: Exception) -> None:
+        """A bug: it costs one request, and is told of."""
+        trace = "".join(traceback.format_exception(error)[-3:])
+        self.log("internal error", error=f"{type(error).__name__}: {error}", trace=trace)
 
     def serving(self, name: str) -> bool:
         return self.ready or name == "liveness"
