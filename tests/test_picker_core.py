@@ -346,3 +346,25 @@ def test_flow_control_is_what_its_slow_model_is(data: st.DataObject) -> None:
             assert sorted(refused) == due
             refused.clear()
         assert (fast.active, fast.waiting) == (slow.active, len(slow.line))
+
+
+def test_tokens_that_come_later_let_the_request_wait() -> None:
+    """A long prompt is made into token ids in a thread; the client may be gone when they come."""
+    picker, pool = make(1, max_in_flight=1)
+    calls: list = []
+    picker.prepare = lambda query, kind, body, raw, done: calls.append((kind, done))
+    settled: list[Flight] = []
+    first, second = ask(picker), ask(picker)
+    for flight in (first, second):
+        flight.settle = lambda flight=flight: settled.append(flight)
+    assert first.waiting and second.waiting and len(calls) == 1
+    picker.end(first, Status.CANCELLED, b"", 1.0)
+    assert len(calls) == 2 and not settled  # the second has the place, and waits for its tokens
+    calls[0][1](True)
+    assert not first.places
+    calls[1][1](True)
+    assert settled == [second] and second.places == tuple(pool.places)
+    picker.end(second, Status.OK, b'{"usage":{"prompt_tokens":9,"cached_tokens":1}}', 2.0)
+    assert picker.metrics.token_counts[False] == 1
+    picker.prepare = lambda query, kind, body, raw, done: done(True)
+    assert ask(picker).places

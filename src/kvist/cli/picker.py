@@ -44,6 +44,16 @@ def picker(
         typer.Option(help="NAME=PRIORITY; below 0: shed when saturated. In a pool also InferenceObjectives."),
     ] = None,
     max_payload_size: Annotated[int | None, typer.Option(help="Bytes of a request body [32 MiB].")] = None,
+    tokenizer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Tokenizer files, PATH or MODEL=PATH: prompts become token ids, as in kvist serve."
+        ),
+    ] = None,
+    kv_events: Annotated[
+        list[str] | None, typer.Option(help="Follow KV events: a port, or tcp://{host}:{port+1000}.")
+    ] = None,
+    kv_events_replay: Annotated[list[str] | None, typer.Option(help="Where lost ones are replayed.")] = None,
     cb_failure_threshold: Annotated[
         int | None, typer.Option(help="Failures in a row that open an endpoint's circuit breaker [5].")
     ] = None,
@@ -91,6 +101,9 @@ def picker(
         "queue_timeout": queue_timeout,
         "objectives": _objectives(objective or []),
         "max_payload_size": max_payload_size,
+        "tokenizer": tokenizer,
+        "kv_events": kv_events,
+        "kv_events_replay": kv_events_replay,
         "cb_failure_threshold": cb_failure_threshold,
         "cb_timeout_duration": cb_timeout_duration,
         "health_check_interval": health_check_interval,

@@ -33,6 +33,10 @@ class Admin:
     def open_clients(self) -> int:
         return len(self.services.connections)
 
+    @property
+    def knowledge(self) -> Any:
+        return self.fleet.knowledge
+
     def handle(self, request: Request, client: Connection) -> None:
         if request.method != b"GET":
             client.respond(405, error_body(405, "method not allowed"), kind=_JSON)
@@ -57,5 +61,6 @@ class Admin:
             "streams": len(self.services.open),
             "active": self.picker.flow.active,
             "queued": self.picker.flow.waiting,
+            "objectives": self.picker.objectives,
             "workers": self.fleet.rows(),
         }

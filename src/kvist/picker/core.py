@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvist.gateway.metrics import Metrics
-from kvist.gateway.prompt import BadBody, parse, to_query
+from kvist.gateway.prompt import BadBody, Body, parse, to_query
 from kvist.gateway.settings import ROUTED
 from kvist.model import Query
 from kvist.picker.flow import FlowControl, Waiting
@@ -24,6 +24,10 @@ from kvist.routing import NoWorker, Outcome, Router, Status, Ticket
 _USAGE = re.compile(
     rb'"(prompt_tokens|completion_tokens|cached_tokens|input_tokens|output_tokens)"\s*:\s*(\d+)'
 )
+
+
+# Makes token ids of a query's text and calls back, at once or later: query, kind, body, raw body, call back.
+Prepare = Callable[[Query, str, Body, bytes, Callable[[bool], None]], None]
 
 
 class Endpoints(Protocol):
@@ -71,11 +75,30 @@ class Flight:
     `settle` is called once if the request had to wait: places are set, or `refused` is.
     """
 
-    __slots__ = ("asked", "entry", "places", "query", "refused", "settle", "status", "stream", "ticket")
+    __slots__ = (
+        "asked",
+        "body",
+        "entry",
+        "gone",
+        "kind",
+        "late",
+        "places",
+        "preparing",
+        "query",
+        "refused",
+        "settle",
+        "status",
+        "stream",
+        "ticket",
+        "tokenised",
+    )
 
     def __init__(self, asked: Asked) -> None:
         self.asked = asked
+        self.kind = ""
+        self.body: Body | None = None
         self.query: Query | None = None
+        self.preparing = self.late = self.tokenised = self.gone = False
         self.ticket: Ticket | None = None
         self.places: tuple[str, ...] = ()
         self.entry: Waiting | None = None
@@ -86,7 +109,8 @@ class Flight:
 
     @property
     def waiting(self) -> bool:
-        return self.entry is not None
+        """Neither placed nor refused yet."""
+        return not self.places and self.refused is None
 
 
 class Picker:
@@ -96,11 +120,13 @@ class Picker:
         endpoints: Endpoints,
         clock: Callable[[], float],
         log: Callable[..., None] = lambda event, **fields: None,
+        prepare: Prepare | None = None,
     ) -> None:
-        """`clock` is read only when a request leaves the queue, which no caller times."""
+        """`clock` is read only when a request had to wait, for its turn or its tokens."""
         self.settings = settings
         self.endpoints = endpoints
         self.clock = clock
+        self.prepare = prepare
         self.log = log
         self.metrics = Metrics()
         self.flow = FlowControl(0, settings.queue_size, settings.queue_timeout)
@@ -110,13 +136,13 @@ class Picker:
 
     # A request comes
     def ask(self, asked: Asked, now: float) -> Flight:
-        """Place a request, or put it in the queue (`Flight.waiting`). Raises Refused."""
+        """Place a request, or let it wait (`Flight.waiting`). Raises Refused."""
         flight = Flight(asked)
         try:
             self._read(flight)
             self._admit(flight, now)
             if flight.entry is None:
-                self._place(flight, now)
+                self._begin(flight, now)
         except Refused as refusal:
             self.metrics.refused[str(refusal.status)] += 1
             raise
@@ -136,7 +162,7 @@ class Picker:
         if query.model and not self.endpoints.serves(query.model):
             raise Refused(404, f"The model `{query.model}` does not exist.")
         query.priority = self.objectives.get(asked.objective, 0)
-        flight.query = query
+        flight.query, flight.kind, flight.body = query, kind, body
         flight.stream = bool(body.stream)
 
     def _admit(self, flight: Flight, now: float) -> None:
@@ -169,6 +195,25 @@ class Picker:
         query, wanted = flight.query, flight.asked.subset
         allowed = self.endpoints.allowed(query.model if query is not None else "", now)
         return allowed if wanted is None else [url for url in allowed if in_subset(place_of(url), wanted)]
+
+    def _begin(self, flight: Flight, now: float) -> None:
+        """It has a place (or needs none)."""
+        query, body = flight.query, flight.body
+        if self.prepare is not None and query is not None and body is not None:
+            flight.preparing = True
+            self.prepare(
+                query, flight.kind, body, flight.asked.body, lambda done: self._prepared(flight, done)
+            )
+            if flight.preparing:
+                flight.late = True
+                return
+        self._place(flight, now)
+
+    def _prepared(self, flight: Flight, tokenised: bool) -> None:
+        flight.preparing = False
+        flight.tokenised = tokenised
+        if flight.late and not flight.gone:
+            self._later(flight, self._place)
 
     def _place(self, flight: Flight, now: float) -> None:
         allowed = self._choices(flight, now)
@@ -206,11 +251,15 @@ class Picker:
     # A request waited
     def _turn(self, flight: Flight) -> None:
         flight.entry = None
+        self._later(flight, self._begin)
+
+    def _later(self, flight: Flight, go_on: Callable[[Flight, float], None]) -> None:
         try:
-            self._place(flight, self.clock())
+            go_on(flight, self.clock())
         except Refused as refusal:
             self._refuse(flight, refusal)
-        flight.settle()
+        if not flight.waiting:
+            flight.settle()
 
     def _expired(self, flight: Flight) -> None:
         flight.entry = None
@@ -255,6 +304,7 @@ class Picker:
 
     def end(self, flight: Flight, status: Status, tail: bytes, now: float) -> None:
         """The request ended, one way or another; `tail` is the end of the answer, where `usage` stands."""
+        flight.gone = True
         if flight.entry is not None:
             self.flow.cancel(flight.entry)
             flight.entry = None
@@ -284,7 +334,7 @@ class Picker:
         else:
             self.endpoints.succeeded(url)
         if status is Status.OK:
-            self._usage(ticket, outcome, tail)
+            self._usage(flight, ticket, outcome, tail)
             own.latency.observe(now - ticket.routed_at)
             if ticket.first_token_at is not None:
                 own.ttft.observe(ticket.first_token_at - ticket.routed_at)
@@ -292,7 +342,7 @@ class Picker:
                 own.error.observe(abs(now - ticket.routed_at - ticket.decision.predicted))
         self.endpoints.router.complete(ticket, outcome, now)
 
-    def _usage(self, ticket: Ticket, outcome: Outcome, tail: bytes) -> None:
+    def _usage(self, flight: Flight, ticket: Ticket, outcome: Outcome, tail: bytes) -> None:
         """True token counts from the end of the answer, scaled to the index's units."""
         usage = {name: int(value) for name, value in _USAGE.findall(tail)}
         outcome.output_tokens = usage.get(b"completion_tokens", usage.get(b"output_tokens", 0))
@@ -301,6 +351,8 @@ class Picker:
         if cached is None or not prompt:
             return
         scale = ticket.query.length / prompt
+        if flight.tokenised:
+            self.metrics.token_counts[ticket.query.length == prompt] += 1
         outcome.cached_tokens = round(cached * scale)
         own = self.metrics.worker(ticket.worker.id)
         own.cached_true += cached

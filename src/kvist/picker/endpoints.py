@@ -6,12 +6,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from random import Random
 
-from kvist.gateway.app import INDEX_BLOCK
 from kvist.gateway.fleet import Fleet
-from kvist.gateway.prompt import BYTES_PER_TOKEN
+from kvist.gateway.knowledge.knowledge import Knowledge
 from kvist.picker.protocol import url_of
 from kvist.picker.settings import PickerSettings
-from kvist.prefix.index import PrefixIndex
 from kvist.routing import make_policy
 
 
@@ -21,11 +19,9 @@ class EndpointFleet(Fleet):
     settings: PickerSettings
 
     def __init__(self, settings: PickerSettings, log: Callable[..., None]) -> None:
-        index = PrefixIndex(
-            unit=1, block_size=INDEX_BLOCK, units_per_token=BYTES_PER_TOKEN, budget=settings.index_tokens
-        )
         policy = make_policy(settings.policy, rng=Random(settings.seed), **settings.policy_params)
-        super().__init__(settings, policy, index)
+        self.knowledge = Knowledge(settings, lambda: self.adapters(), log)
+        super().__init__(settings, policy, self.knowledge.index, self.knowledge.subscriptions)
         self.log = log
 
     def replace(self, found: Mapping[str, bool], now: float) -> None:
@@ -44,6 +40,10 @@ class EndpointFleet(Fleet):
             elif self.workers[url].draining is ready:
                 self.drain(url, not ready)
                 self.log("endpoint ready" if ready else "endpoint not ready", endpoint=url)
+
+    def close(self) -> None:
+        super().close()
+        self.knowledge.close()
 
     def sent(self, url: str, now: float) -> None:
         if url in self.workers:

@@ -13,6 +13,7 @@ from typing import Any
 
 from kvist.gateway import snapshot
 from kvist.gateway.serve import SWEEP_SECONDS, log_json
+from kvist.http.garbage import Garbage
 from kvist.http.server import Connection as HttpConnection
 from kvist.picker.admin import Admin
 from kvist.picker.core import Picker
@@ -36,7 +37,8 @@ async def serve(
     """
     context = server_context(settings)
     fleet = EndpointFleet(settings, log)
-    picker = Picker(settings, fleet, time.monotonic, log)
+    tokens = fleet.knowledge.tokens
+    picker = Picker(settings, fleet, time.monotonic, log, tokens.prepare if tokens is not None else None)
     path = Path(settings.snapshot) if settings.snapshot else None
     if path is not None and snapshot.load(fleet.router.policy, path):
         log("restored", snapshot=str(path))
@@ -117,10 +119,12 @@ async def _sweep(
     picker: Picker, fleet: EndpointFleet, admin: Admin, path: Path | None, log: Callable[..., None]
 ) -> None:
     saved = time.monotonic()
+    garbage = Garbage(saved)
     while True:
         await asyncio.sleep(SWEEP_SECONDS)
         now = time.monotonic()
         picker.sweep(now)
+        garbage.sweep(now, idle=not picker.flow.active)
         admin.connections.sweep(now)
         for worker in fleet.workers.values():
             worker.pool.sweep(now)
