@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from random import Random
@@ -44,6 +45,15 @@ def following(
 
 def knows(gateway: Process) -> list[str]:
     return [worker["knows"] for worker in state(gateway.url)["workers"]]
+
+
+def settle(gateway: Process) -> None:
+    """Until no events have come for a while; the engine publishes every 20 ms."""
+    still, seen = 0, -1.0
+    while still < 4:
+        time.sleep(0.03)
+        now = metric(gateway.url, "kvist_kv_events_events_total")
+        still, seen = (still + 1 if now == seen else 0), now
 
 
 def test_estimates_are_what_the_engines_count() -> None:
@@ -91,12 +101,12 @@ def test_eviction_is_followed() -> None:
         for i in range(30):
             body = chat(f"{i % 11} " + "y" * 1200, model="tiny", max_tokens=1)
             assert call(gateway.url, "/v1/chat/completions", body)[0] == 200
-            before = metric(gateway.url, "kvist_kv_events_events_total")
-            wait_for(lambda before=before: metric(gateway.url, "kvist_kv_events_events_total") >= before)
+            settle(gateway)
         entries = state(gateway.url)["recent"]
         held = state(gateway.url)["workers"][0]["index_tokens"]
         assert 0 < held <= 2000
-        assert sum(entry["cached"] == entry["cached_true"] for entry in entries) >= 27, entries
+        assert sum(entry["cached_true"] > 0 for entry in entries) > 5
+        assert sum(entry["cached"] == entry["cached_true"] for entry in entries) >= 28, entries
 
 
 def test_salted_prompts_do_not_match_others() -> None:
