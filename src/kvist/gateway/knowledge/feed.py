@@ -71,8 +71,12 @@ class Feed:
             if number:
                 return 0
             self._next, self._complete = 0, True
+        elif self._lost and number:  # who knows whether it is the same engine
+            self.counts.gaps += number != expected
+            self._begin()
+            return 0
         elif number < expected:
-            if self._replayed_from is not None and number >= self._replayed_from and not self._lost:
+            if self._replayed_from is not None and number >= self._replayed_from:
                 self._replayed_from = number + 1
                 return None
             self.counts.restarts += 1
@@ -83,9 +87,6 @@ class Feed:
             self._next, self._complete = 0, True
         elif number > expected:
             self.counts.gaps += 1
-            if self._lost:  # who knows whether it is the same engine
-                self._begin()
-                return 0
             return expected
         self._lost = False
         self._replayed_from = None

@@ -174,7 +174,8 @@ class HuggingFace:
 
     def encode(self, text: str, special: bool) -> bytes:
         """Packed ids of a text, uncached. May run in another thread."""
-        return pack(self._tokenizer.encode(text, add_special_tokens=special).ids)
+        (made,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)  # leaves the GIL
+        return pack(made.ids)
 
     def keep(self, text: str, special: bool, ids: bytes) -> None:
         if (text, special) in self._cache:
