@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: run test lint typecheck unit clean
+.PHONY: run test test-scale lint typecheck unit clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,17 @@ unit: $(STAMP)
 	$(BIN)/python -m pytest -n 2
 
 test: lint typecheck unit
+
+# Ray is heavy: its tests run in an environment of their own (make test skips them where it is absent).
+SCALE := .venv-scale
+$(SCALE)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(SCALE)
+	$(SCALE)/bin/python -m pip install --quiet --upgrade pip
+	$(SCALE)/bin/python -m pip install --quiet -e '.[gateway,ray]' hypothesis pytest pytest-timeout
+	@touch $@
+
+test-scale: $(SCALE)/.installed
+	$(SCALE)/bin/python -m pytest tests/test_ray_dispatch.py tests/test_ray_serve.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
