@@ -69,6 +69,7 @@ class FakeKube:
         with self.lock:
             for _, _, line in self.watches:
                 line.put({"type": "ERROR", "object": {"code": 410, "message": "too old resource version"}})
+                line.put(None)
 
     def end_watches(self) -> None:
         with self.lock:
