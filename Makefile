@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: run test test-scale lint typecheck unit clean
+.PHONY: run test test-scale test-browser lint typecheck unit clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +37,13 @@ $(SCALE)/.installed: pyproject.toml
 
 test-scale: $(SCALE)/.installed
 	$(SCALE)/bin/python -m pytest tests/test_ray_dispatch.py tests/test_ray_serve.py
+
+# The dashboard and the report in a headless Chromium; without one these tests are skipped by `make test`.
+test-browser: $(STAMP)
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	  { apt-get update -qq && apt-get install -y -qq chromium; } || \
+	  { echo "install chromium first (here: no root or no apt-get)"; exit 1; }
+	$(BIN)/python -m pytest tests/test_dashboard.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import deque
 from collections.abc import Callable
 from functools import partial
 from random import Random
@@ -12,11 +11,12 @@ from typing import Any
 
 import msgspec
 
+from kvist.gateway import dashboard
 from kvist.gateway.admission import Admission, RateLimits
 from kvist.gateway.auth import Keys
 from kvist.gateway.exchange import JSON, Exchange
 from kvist.gateway.fleet import Fleet
-from kvist.gateway.history import History
+from kvist.gateway.history import History, described
 from kvist.gateway.knowledge.knowledge import Knowledge
 from kvist.gateway.metrics import Collector, Metrics, exposition
 from kvist.gateway.prompt import BadBody, parse, to_query
@@ -51,7 +51,6 @@ class Gateway:
         self.collector = Collector(self.metrics, self)
         self.history = History(self)
         self.active: set[Exchange] = set()
-        self.recent: deque[dict[str, Any]] = deque(maxlen=50)
         self.connections = Connections(
             self.handle,
             Limits(max_body=settings.max_payload_size, max_header=settings.max_header_size),
@@ -63,7 +62,6 @@ class Gateway:
             (b"GET", "/health"): self._health,
             (b"GET", "/v1/models"): self._models,
             (b"GET", "/metrics"): self._metrics,
-            (b"GET", "/dashboard"): self._dashboard,
             (b"GET", "/dashboard/data"): self._dashboard_data,
             (b"GET", "/workers"): self._workers,
         }
@@ -83,13 +81,16 @@ class Gateway:
         if path == "/health":
             self._health(client)
             return
+        if path == "/dashboard" and request.method in (b"GET", b"HEAD"):
+            self._dashboard(client)  # nothing but the page: it asks for a key where its data needs one
+            return
         caller = self.keys.check(request.header(b"authorization"))
         if path == "/workers" or path.startswith(("/workers/", "/policy")):
             self._administer(request, client)
             return
         page = self._pages.get((request.method, path))
         if page is None:
-            known = kind is not None or any(path == other for _, other in self._pages)
+            known = kind is not None or path == "/dashboard" or any(path == other for _, other in self._pages)
             status, message = (405, "method not allowed") if known else (404, f"no such path: {path}")
             client.respond(status, error_body(status, message), kind=JSON)
         elif caller is None:
@@ -153,25 +154,11 @@ class Gateway:
 
     def ended(self, exchange: Exchange, ticket: Ticket, outcome: Outcome) -> None:
         """A ticket was completed: keep it for the dashboard and the log."""
-        decision = ticket.decision
-        self.history.ended(ticket, outcome)
-        entry = {
-            "id": exchange.query.id,
-            "path": exchange.request.path,
-            "worker": decision.worker,
-            "status": str(outcome.status),
-            "prompt": exchange.query.length,
-            "cached": decision.cached,
-            "cached_true": outcome.cached_tokens,
-            "predicted": decision.predicted,
-            "latency": outcome.latency,
-            "ttft": outcome.ttft,
-            "reason": decision.reason,
-            "scores": list(decision.scores)[:64],
-        }
-        self.recent.append(entry)
+        now = self.now()
+        self.history.ended(ticket, outcome, exchange.request.path, now)
         if self.settings.log_requests:
             request_id = exchange.request.header(b"x-request-id") or b""
+            entry = described(exchange.request.path, ticket, outcome, now)
             self.log("request", request_id=request_id.decode("latin-1"), **entry)
 
     # Pages
@@ -190,10 +177,8 @@ class Gateway:
         client.respond(200, exposition(self.collector), kind=b"text/plain; version=0.0.4; charset=utf-8")
 
     def _dashboard(self, client: Connection) -> None:
-        from importlib import resources
-
-        page = resources.files("kvist.gateway").joinpath("dashboard/index.html").read_bytes()
-        client.respond(200, page, kind=b"text/html; charset=utf-8")
+        policy = [(b"content-security-policy", dashboard.POLICY.encode())]
+        client.respond(200, dashboard.page(), policy, kind=b"text/html; charset=utf-8")
 
     def _dashboard_data(self, client: Connection) -> None:
         self._json(client, self.history.data())

@@ -1,11 +1,11 @@
 """The last minutes, for the dashboard: one sample a second, of constant size.
 
 `data()` is what GET /dashboard/data answers:
-    {"policy": str, "active": int, "queued": int, "refused": {status: n}, "now": seconds,
+    {"policy": str, "active": int, "queued": int, "refused": {status: n}, "now": seconds, "uptime": seconds,
      "workers": [row of Fleet.rows() + {"requests", "hit_rate", "p50", "p95", "p99", "error"}],
      "series": {"time": [...], "in_flight": {worker: [...]}, "hit_rate": [...], "p50": [...], "p95": [...],
-                "error": [...], "rate": [...]},
-     "recent": [a decision and its outcome, newest last; see Gateway.ended]}
+                "p99": [...], "ttft": [...], "error": [...], "rate": [...]},
+     "recent": [a decision and its outcome, newest last; see `described`]}
 Times in seconds; hit_rate is true cached / prompt tokens where engines tell, else the index's estimate.
 """
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from kvist.gateway.app import Gateway
 
 SAMPLES = 300  # seconds that are kept
+RECENT = 50  # ended requests
+COMPARED = 256  # workers up to which a decision's scores are shown
 LATENCIES = 512  # of each worker, for its percentiles
 WINDOW = 1024  # so that closing a second's window stays well under a millisecond
 
@@ -32,6 +34,7 @@ class _Window:
         self.ended = 0
         self.latencies: deque[float] = deque(maxlen=WINDOW)
         self.errors: deque[float] = deque(maxlen=WINDOW)
+        self.first: deque[float] = deque(maxlen=WINDOW)
         self.cached = 0
         self.prompt = 0
 
@@ -43,8 +46,11 @@ class History:
         self._window = _Window()
         self._latest: dict[str, deque[float]] = {}
         self._sampled_at = -1.0
+        self._started = gateway.now()
+        self._recent: deque[tuple[str, Ticket, Outcome, float]] = deque(maxlen=RECENT)
 
-    def ended(self, ticket: Ticket, outcome: Outcome) -> None:
+    def ended(self, ticket: Ticket, outcome: Outcome, path: str, now: float) -> None:
+        self._recent.append((path, ticket, outcome, now))
         if outcome.status is not Status.OK or outcome.latency is None:
             return
         window = self._window
@@ -52,6 +58,8 @@ class History:
         window.latencies.append(outcome.latency)
         if ticket.decision.predicted is not None:
             window.errors.append(abs(outcome.latency - ticket.decision.predicted))
+        if outcome.ttft is not None:
+            window.first.append(outcome.ttft)
         cached = ticket.decision.cached if outcome.cached_tokens is None else outcome.cached_tokens
         window.cached += cached
         window.prompt += ticket.query.length
@@ -72,6 +80,8 @@ class History:
                 "hit_rate": window.cached / window.prompt if window.prompt else None,
                 "p50": quantile(window.latencies, 0.5),
                 "p95": quantile(window.latencies, 0.95),
+                "p99": quantile(window.latencies, 0.99),
+                "ttft": quantile(window.first, 0.5),
                 "error": quantile(window.errors, 0.5),
                 "rate": window.ended / max(now - self._sampled_at, 1.0),
             }
@@ -99,7 +109,7 @@ class History:
         names = [row["id"] for row in workers]
         series: dict[str, Any] = {
             name: [sample[name] for sample in self.samples]
-            for name in ("time", "hit_rate", "p50", "p95", "error", "rate")
+            for name in ("time", "hit_rate", "p50", "p95", "p99", "ttft", "error", "rate")
         }
         series["in_flight"] = {
             name: [sample["in_flight"].get(name, 0) for sample in self.samples] for name in names
@@ -110,10 +120,38 @@ class History:
             "queued": gateway.admission.waiting,
             "refused": dict(gateway.metrics.refused),
             "now": gateway.now(),
+            "uptime": gateway.now() - self._started,
             "workers": workers,
             "series": series,
-            "recent": list(gateway.recent),
+            "recent": [described(*ended) for ended in self._recent],
         }
+
+
+def described(path: str, ticket: Ticket, outcome: Outcome, at: float) -> dict[str, Any]:
+    """A decision and its outcome as plain data.
+
+    `scores` are what the policy compared for each of `candidates`, smaller is better: predicted seconds where
+    `predicted` is a number. Both are empty where a policy does not compare all of them.
+    """
+    decision, query = ticket.decision, ticket.query
+    compared = len(decision.scores) == len(ticket.candidates) <= COMPARED
+    return {
+        "id": query.id,
+        "at": at,
+        "path": path,
+        "worker": decision.worker,
+        "status": str(outcome.status),
+        "prompt": query.length,
+        "prompt_unit": "bytes" if query.unit == 1 else "tokens",
+        "cached": decision.cached,
+        "cached_true": outcome.cached_tokens,
+        "predicted": decision.predicted,
+        "latency": outcome.latency,
+        "ttft": outcome.ttft,
+        "reason": decision.reason,
+        "candidates": [c.worker.id for c in ticket.candidates] if compared else [],
+        "scores": list(decision.scores) if compared else [],
+    }
 
 
 def quantile(values: Collection[float], share: float) -> float | None:

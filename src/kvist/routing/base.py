@@ -66,6 +66,7 @@ class Ticket:
     decision: Decision
     routed_at: float
     policy: RoutingPolicy  # the one that decided, which may not be the current one
+    candidates: Sequence[Candidate] = ()  # in the order of the decision's scores; their `cached` moves on
     first_token_at: float | None = None
     done: bool = False
     memo: tuple[float, ...] = ()  # the policy's own: features, reservation, …

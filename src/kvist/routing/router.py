@@ -94,7 +94,7 @@ class Router:
                 candidate.cached = 0
         decision = policy.choose(query, candidates, now)
         worker = self._workers[decision.worker].worker
-        ticket = Ticket(query, worker, decision, now, policy)
+        ticket = Ticket(query, worker, decision, now, policy, candidates)
         worker.in_flight += 1
         worker.routed += 1
         worker.in_flight_tokens += query.length
