@@ -1,113 +1,66 @@
-"""`kvist serve`: the gateway in front of running workers."""
+"""`kvist serve`: the gateway in front of running workers.
+
+Its options are the fields of `kvist.gateway.settings.Settings`.
+"""
 
 from __future__ import annotations
 
+import inspect
+import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin
 
+import msgspec
 import typer
+
+SINGULAR = {"api_keys": "api_key", "allow_paths": "allow_path", "policy_params": "policy_param"}
+SECONDS = ("timeout", "interval", "duration")  # also known with -secs, as SGLang's router has them
 
 
 def register(app: typer.Typer) -> None:
-    app.command()(serve)
+    from kvist.gateway.settings import Settings
+
+    command: Any = serve
+    command.__signature__ = signature = inspect.Signature(_parameters(Settings))
+    command.__annotations__ = {name: p.annotation for name, p in signature.parameters.items()}
+    app.command()(command)
 
 
-def serve(
-    worker_urls: Annotated[list[str] | None, typer.Option(help="Base URLs of the workers.")] = None,
-    policy: Annotated[str | None, typer.Option(help="Routing policy [lbgr].")] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on [127.0.0.1].")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on [8000].")] = None,
-    api_key: Annotated[
-        list[str] | None, typer.Option(help="Keys that clients must send, plain or sha256:HEX.")
-    ] = None,
-    admin_key: Annotated[str | None, typer.Option(help="Key for /workers and /policy.")] = None,
-    worker_api_key: Annotated[str | None, typer.Option(help="Key sent to the workers.")] = None,
-    max_concurrent_requests: Annotated[int | None, typer.Option(help="Requests under way [4096].")] = None,
-    queue_size: Annotated[int | None, typer.Option(help="Requests that may wait [1024].")] = None,
-    queue_timeout: Annotated[float | None, typer.Option(help="Seconds they may wait [60].")] = None,
-    rate_limit: Annotated[float | None, typer.Option(help="Requests/s of one key [no limit].")] = None,
-    request_timeout: Annotated[float | None, typer.Option(help="Seconds a request may take [1800].")] = None,
-    first_byte_timeout: Annotated[
-        float | None, typer.Option(help="Seconds to the first byte of an answer [300].")
-    ] = None,
-    slow_client_timeout: Annotated[
-        float | None, typer.Option(help="Seconds a client may read nothing [60].")
-    ] = None,
-    drain_timeout: Annotated[
-        float | None, typer.Option(help="Seconds that requests get to end on SIGTERM [30].")
-    ] = None,
-    retry_max_retries: Annotated[int | None, typer.Option(help="Further workers to try [2].")] = None,
-    cb_failure_threshold: Annotated[
-        int | None, typer.Option(help="Failures in a row that open a worker's circuit breaker [5].")
-    ] = None,
-    cb_timeout_duration: Annotated[float | None, typer.Option(help="Seconds it stays open [30].")] = None,
-    health_check_interval: Annotated[float | None, typer.Option(help="Seconds between checks [10].")] = None,
-    health_check_endpoint: Annotated[str | None, typer.Option(help="[/health].")] = None,
-    max_payload_size: Annotated[int | None, typer.Option(help="Bytes of a request body [32 MiB].")] = None,
-    allow_path: Annotated[
-        list[str] | None, typer.Option(help="Further worker paths to pass on (POST).")
-    ] = None,
-    tokenizer: Annotated[
-        list[str] | None,
-        typer.Option(help="Make prompts token ids: folder with tokenizer.json, or MODEL=FOLDER."),
-    ] = None,
-    kv_events: Annotated[
-        list[str] | None,
-        typer.Option(help="Follow KV events: port, or tcp://{host}:{port+1000}; one, or one a worker."),
-    ] = None,
-    kv_events_replay: Annotated[
-        list[str] | None, typer.Option(help="Where missed KV events are replayed, likewise.")
-    ] = None,
-    kv_events_topic: Annotated[str | None, typer.Option(help="Topic of the KV events [any].")] = None,
-    data_parallel_size: Annotated[
-        int | None, typer.Option(help="Engines behind each worker URL, for their KV events [1].")
-    ] = None,
-    snapshot: Annotated[str | None, typer.Option(help="File that keeps what was learned.")] = None,
-    log_requests: Annotated[bool, typer.Option(help="Log each request, without its text.")] = False,
-    tls_cert: Annotated[str | None, typer.Option(help="TLS certificate chain file.")] = None,
-    tls_key: Annotated[str | None, typer.Option(help="TLS private key file.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the policy.")] = 0,
-    config: Annotated[
-        Path | None, typer.Option(help="TOML file with any setting; options given here win.")
-    ] = None,
-) -> None:
+def _parameters(settings: type[msgspec.Struct]) -> list[inspect.Parameter]:
+    """One keyword for each setting that has a description, and --config. None: not given."""
+    found = []
+    for field in msgspec.structs.fields(settings):
+        if get_origin(field.type) is not Annotated:
+            continue
+        kind, meta = get_args(field.type)
+        name = SINGULAR.get(field.name, field.name)
+        flags = list(dict.fromkeys([f"--{name}".replace("_", "-"), f"--{field.name}".replace("_", "-")]))
+        if name.endswith(SECONDS):
+            flags.append(f"{flags[0]}-secs")
+        if kind is bool:
+            flags[0] += f"/--no-{flags[0][2:]}"
+        if get_origin(kind) in (list, dict):
+            kind = list[str]
+        default = "" if field.default in ("", 0, None, False, msgspec.NODEFAULT) else f" ({field.default})"
+        option = typer.Option(*flags, help=meta.description + default)
+        found.append(_keyword(name, Annotated[kind | None, option]))
+    config = typer.Option(help="TOML file with any setting; options given here win.")
+    found.append(_keyword("config", Annotated[Path | None, config]))
+    return found
+
+
+def _keyword(name: str, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def serve(config: Path | None = None, **given: Any) -> None:
     """Route OpenAI traffic to a fleet of workers."""
-    given: dict[str, Any] = {
-        "worker_urls": worker_urls,
-        "policy": policy,
-        "host": host,
-        "port": port,
-        "api_keys": api_key,
-        "admin_key": admin_key,
-        "worker_api_key": worker_api_key,
-        "max_concurrent_requests": max_concurrent_requests,
-        "queue_size": queue_size,
-        "queue_timeout": queue_timeout,
-        "rate_limit": rate_limit,
-        "request_timeout": request_timeout,
-        "first_byte_timeout": first_byte_timeout,
-        "slow_client_timeout": slow_client_timeout,
-        "drain_timeout": drain_timeout,
-        "retry_max_retries": retry_max_retries,
-        "cb_failure_threshold": cb_failure_threshold,
-        "cb_timeout_duration": cb_timeout_duration,
-        "health_check_interval": health_check_interval,
-        "health_check_endpoint": health_check_endpoint,
-        "max_payload_size": max_payload_size,
-        "allow_paths": allow_path,
-        "tokenizer": tokenizer,
-        "kv_events": kv_events,
-        "kv_events_replay": kv_events_replay,
-        "kv_events_topic": kv_events_topic,
-        "data_parallel_size": data_parallel_size,
-        "snapshot": snapshot,
-        "log_requests": log_requests or None,
-        "tls_cert": tls_cert,
-        "tls_key": tls_key,
-        "seed": seed or None,
-    }
-    chosen = {name: value for name, value in given.items() if value is not None and value != []}
     from kvist.gateway.settings import Settings, build, load_settings
+
+    plural = {single: name for name, single in SINGULAR.items()}
+    chosen = {plural.get(k, k): value for k, value in given.items() if value is not None and value != []}
+    if "policy_params" in chosen:
+        chosen["policy_params"] = dict(map(_assignment, chosen["policy_params"]))
 
     def settings() -> Settings:
         base = load_settings(config) if config is not None else {}
@@ -117,7 +70,7 @@ def serve(
     from kvist.gateway.serve import run
     from kvist.routing import make_policy
 
-    make_policy(first.policy, **first.policy_params)  # a wrong one shows before anything starts
+    make_policy(first.policy, **first.policy_arguments())  # a wrong one shows before anything starts
     try:
         run(first, settings)
     except OSError as error:
@@ -125,3 +78,14 @@ def serve(
         raise ValueError(
             f"cannot listen on {first.host}:{first.port}: {reason}: choose another --port"
         ) from None
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    """NAME=VALUE; the value as JSON where it is that, else as text. Raises typer.BadParameter."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise typer.BadParameter(f"--policy-param: {text!r} must be NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value

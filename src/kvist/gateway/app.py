@@ -37,7 +37,7 @@ class Gateway:
         self.settings = settings
         self.log = log
         self.now = time.monotonic  # uvloop's own clock counts whole milliseconds
-        policy = make_policy(settings.policy, rng=Random(settings.seed), **settings.policy_params)
+        policy = make_policy(settings.policy, rng=Random(settings.seed), **settings.policy_arguments())
         self.knowledge = Knowledge(settings, lambda: self.fleet.adapters(), log)
         self.tokens = self.knowledge.tokens
         self.fleet = Fleet(settings, policy, self.knowledge.index, self.knowledge.subscriptions)

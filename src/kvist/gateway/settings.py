@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 # Paths that are routed by prompt; the value names the kind of body (see prompt.py).
 ROUTED = {
@@ -39,62 +40,117 @@ class WorkerSpec(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Names follow the SGLang lineage where it has one. Times in seconds. Raises ValueError."""
+    """Names follow the SGLang lineage where it has one. Times in seconds. Raises ValueError.
 
-    worker_urls: list[str] = []
+    The command line is made of these fields and their descriptions.
+    """
+
+    worker_urls: Annotated[
+        list[str], Meta(description="Base URLs of the workers; dns+http://HOST:PORT for all that a name has.")
+    ] = []
     workers: list[WorkerSpec] = []
-    policy: str = "lbgr"
-    policy_params: dict[str, Any] = {}
-    host: str = "127.0.0.1"
-    port: int = 8000
-    seed: int = 0
+    policy: Annotated[str, Meta(description="Routing policy.")] = "lbgr"
+    policy_params: Annotated[dict[str, Any], Meta(description="Parameters of the policy, NAME=VALUE.")] = {}
+    cache_threshold: Annotated[
+        float | None, Meta(description="Of cache_aware: share of the prompt that must match.")
+    ] = None
+    balance_abs_threshold: Annotated[
+        int | None, Meta(description="Of cache_aware: difference in requests that is imbalance.")
+    ] = None
+    balance_rel_threshold: Annotated[
+        float | None, Meta(description="Of cache_aware: if it is also more than this ratio.")
+    ] = None
+    host: Annotated[str, Meta(description="Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, Meta(description="Port to listen on, 0: any.")] = 8000
+    prometheus_host: Annotated[str, Meta(description="Address of --prometheus-port, else --host.")] = ""
+    prometheus_port: Annotated[int, Meta(description="Serve /metrics, open to all, on a port too.")] = 0
+    seed: Annotated[int, Meta(description="Seed of the policy.")] = 0
 
-    api_keys: list[str] = []  # sha256:<hex> or plain; empty: open
-    admin_key: str = ""
-    worker_api_key: str = ""  # sent to the workers instead of the client's
+    api_keys: Annotated[
+        list[str], Meta(description="Keys that clients must send, plain or sha256:HEX; none: open.")
+    ] = []
+    admin_key: Annotated[str, Meta(description="Key for /workers and /policy.")] = ""
+    worker_api_key: Annotated[str, Meta(description="Key sent to the workers instead of the client's.")] = ""
 
-    max_payload_size: int = 32 << 20
-    max_header_size: int = 32 << 10
-    max_concurrent_requests: int = 4096
-    queue_size: int = 1024
-    queue_timeout: float = 60.0
-    rate_limit: float = 0.0  # requests/s of one key, 0: none
-    rate_burst: int = 0  # 0: one second's worth
+    max_payload_size: Annotated[int, Meta(description="Bytes of a request body.")] = 32 << 20
+    max_header_size: Annotated[int, Meta(description="Bytes of a request's headers.")] = 32 << 10
+    max_concurrent_requests: Annotated[int, Meta(description="Requests under way.")] = 4096
+    queue_size: Annotated[int, Meta(description="Requests that may wait.")] = 1024
+    queue_timeout: Annotated[float, Meta(description="Seconds they may wait.")] = 60.0
+    rate_limit: Annotated[float, Meta(description="Requests/s of one key, 0: no limit.")] = 0.0
+    rate_burst: Annotated[int, Meta(description="Requests at once of one key, 0: one second's.")] = 0
 
-    connect_timeout: float = 5.0
-    first_byte_timeout: float = 300.0
-    request_timeout: float = 1800.0
-    slow_client_timeout: float = 60.0
-    retry_max_retries: int = 2
-    cb_failure_threshold: int = 5
-    cb_timeout_duration: float = 30.0
-    health_check_interval: float = 10.0
-    health_check_timeout: float = 5.0
-    health_check_endpoint: str = "/health"
-    health_failure_threshold: int = 3
-    health_success_threshold: int = 1
-    drain_timeout: float = 30.0
+    connect_timeout: Annotated[float, Meta(description="Seconds to connect to a worker.")] = 5.0
+    first_byte_timeout: Annotated[float, Meta(description="Seconds to the first byte of an answer.")] = 300.0
+    request_timeout: Annotated[float, Meta(description="Seconds a request may take.")] = 1800.0
+    slow_client_timeout: Annotated[float, Meta(description="Seconds a client may read nothing.")] = 60.0
+    retry_max_retries: Annotated[int, Meta(description="Further workers to try.")] = 2
+    cb_failure_threshold: Annotated[
+        int, Meta(description="Failures in a row that open a worker's circuit breaker.")
+    ] = 5
+    cb_timeout_duration: Annotated[float, Meta(description="Seconds it stays open.")] = 30.0
+    health_check_interval: Annotated[float, Meta(description="Seconds between checks.")] = 10.0
+    health_check_timeout: Annotated[float, Meta(description="Seconds a check may take.")] = 5.0
+    health_check_endpoint: Annotated[str, Meta(description="Path that is checked.")] = "/health"
+    health_failure_threshold: Annotated[int, Meta(description="Failed checks that make unhealthy.")] = 3
+    health_success_threshold: Annotated[int, Meta(description="Good checks that make healthy.")] = 1
+    drain_timeout: Annotated[float, Meta(description="Seconds requests get to end on SIGTERM.")] = 30.0
 
-    tokenizer: list[str] = []  # PATH or MODEL=PATH; empty: prompts are text
-    # Addresses of KV events: a port, or tcp://{host}:{port+1000}; one for all worker_urls, or one for each.
-    kv_events: list[str] = []
-    kv_events_replay: list[str] = []
-    kv_events_topic: str = ""
-    data_parallel_size: int = 1  # engines behind one worker URL, each with its own events
+    tokenizer: Annotated[
+        list[str], Meta(description="Make prompts token ids: folder with tokenizer.json, or MODEL=FOLDER.")
+    ] = []
+    kv_events: Annotated[
+        list[str],
+        Meta(description="Follow KV events: port, or tcp://{host}:{port+1000}; one, or one a worker."),
+    ] = []
+    kv_events_replay: Annotated[
+        list[str], Meta(description="Where missed KV events are replayed, likewise.")
+    ] = []
+    kv_events_topic: Annotated[str, Meta(description="Topic of the KV events, empty: any.")] = ""
+    data_parallel_size: Annotated[
+        int, Meta(description="Engines behind each worker URL, for their KV events.")
+    ] = 1
+    metrics_interval: Annotated[
+        float, Meta(description="Seconds between readings of the workers' /metrics, 0: never.")
+    ] = 0.0
+    index_tokens: Annotated[
+        int, Meta(description="Tokens the index remembers of a worker of unknown capacity.")
+    ] = 4_000_000
 
-    index_tokens: int = 4_000_000  # a worker's prefixes that the index remembers
-    allow_paths: list[str] = []  # further worker paths that are passed on
-    snapshot: str = ""
-    snapshot_interval: float = 60.0
-    log_requests: bool = False
-    tls_cert: str = ""
-    tls_key: str = ""
+    discovery_interval: Annotated[float, Meta(description="Seconds between look-ups of dns+ names.")] = 10.0
+    service_discovery: Annotated[
+        bool, Meta(description="Find workers as Kubernetes pods; needs kvist[kubernetes].")
+    ] = False
+    selector: Annotated[list[str], Meta(description="Labels of these pods, KEY=VALUE.")] = []
+    service_discovery_port: Annotated[int, Meta(description="Port of these pods.")] = 8000
+    service_discovery_namespace: Annotated[str, Meta(description="Their namespace, empty: all.")] = ""
+    kubeconfig: Annotated[str, Meta(description="File that says how to reach Kubernetes.")] = ""
+
+    embedded: Annotated[int, Meta(description="Start so many embedded engines (models of engines).")] = 0
+    profile: Annotated[str, Meta(description="Of embedded engines: GPU and model.")] = "llama-3.1-8b-l40"
+    eviction: Annotated[str, Meta(description="Of embedded engines: eviction policy.")] = "rlt"
+    kv_tokens: Annotated[int, Meta(description="Of embedded engines: cache in tokens, 0: the GPU's.")] = 0
+    speed: Annotated[float, Meta(description="Of embedded engines: modelled seconds a second.")] = 1.0
+
+    allow_paths: Annotated[list[str], Meta(description="Further worker paths to pass on (POST).")] = []
+    snapshot: Annotated[str, Meta(description="File that keeps what was learned.")] = ""
+    snapshot_interval: Annotated[float, Meta(description="Seconds between its writings.")] = 60.0
+    snapshot_index: Annotated[bool, Meta(description="At shutdown keep the index too.")] = False
+    log_requests: Annotated[bool, Meta(description="Log each request, without its text.")] = False
+    otlp_traces_endpoint: Annotated[
+        str, Meta(description="URL that OpenTelemetry traces are sent to; needs kvist[otel].")
+    ] = ""
+    tls_cert: Annotated[str, Meta(description="TLS certificate chain file.")] = ""
+    tls_key: Annotated[str, Meta(description="TLS private key file.")] = ""
 
     def __post_init__(self) -> None:
         for name in ("max_payload_size", "max_header_size", "max_concurrent_requests", "index_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("queue_size", "retry_max_retries", "rate_limit", "rate_burst"):
+        for name in (
+            *("queue_size", "retry_max_retries", "rate_limit", "rate_burst", "metrics_interval"),
+            *("embedded", "kv_tokens", "drain_timeout"),
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
         for name in (
@@ -107,20 +163,29 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             "cb_timeout_duration",
             "queue_timeout",
             "snapshot_interval",
+            "discovery_interval",
         ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0 seconds, not {getattr(self, name)}")
         for name in ("cb_failure_threshold", "health_failure_threshold", "health_success_threshold"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not 0 <= self.port < 65536:
-            raise ValueError(f"port must lie between 0 and 65535, not {self.port}")
+        for name in ("port", "prometheus_port", "service_discovery_port"):
+            if not 0 <= getattr(self, name) < 65536:
+                raise ValueError(f"{name} must lie between 0 and 65535, not {getattr(self, name)}")
         if bool(self.tls_cert) != bool(self.tls_key):
             raise ValueError("tls_cert and tls_key go together: give both or neither")
         self._check_events()
         for path in self.allow_paths:
             if not path.startswith("/"):
                 raise ValueError(f"allow_paths: {path!r} must start with /")
+        for label in self.selector:
+            if not all(label.partition("=")[::2]):
+                raise ValueError(f"selector: {label!r} must be KEY=VALUE")
+        if self.service_discovery and not self.selector:
+            raise ValueError("service_discovery needs a selector: give the labels of the workers' pods")
+        if self.snapshot_index and not self.snapshot:
+            raise ValueError("snapshot_index needs snapshot: the index is kept beside it")
 
     def _check_events(self) -> None:
         for name in ("kv_events", "kv_events_replay"):
@@ -137,6 +202,12 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
                 "kv_events needs tokenizer: events name token ids, and prompts must be made of them"
             )
         self.specs()
+
+    def policy_arguments(self) -> dict[str, Any]:
+        """Parameters of the policy, those with options of their own included."""
+        own = ("cache_threshold", "balance_abs_threshold", "balance_rel_threshold")
+        given = {name: value for name in own if (value := getattr(self, name)) is not None}
+        return {**self.policy_params, **given}
 
     @property
     def follows_events(self) -> bool:
