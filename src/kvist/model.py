@@ -88,9 +88,15 @@ class WorkerState:
     in_flight: int = 0
     in_flight_tokens: int = 0  # prompt + output tokens of requests in flight
     pending_prefill: int = 0  # uncached prompt tokens of requests still before their first token
+    others: int = 0  # requests there that were not routed here, by the worker's latest metrics
     load: float = 0.0
     routed: int = 0
     cached_tokens: int = 0  # tokens the router's index believes this worker holds
+
+    @property
+    def requests(self) -> int:
+        """All requests on the worker, as far as is known."""
+        return self.in_flight + self.others
 
 
 def makespan(loads: Sequence[float]) -> float:

@@ -11,6 +11,7 @@ import msgspec
 
 from kvist.gateway.breaker import Breaker
 from kvist.gateway.knowledge.believed import BelievedIndex
+from kvist.gateway.knowledge.load import Report, read
 from kvist.gateway.knowledge.subscriber import Subscriptions
 from kvist.gateway.settings import Settings, WorkerSpec
 from kvist.http.client import Pool, fetch
@@ -27,6 +28,7 @@ class Worker:
         self.breaker = Breaker(settings.cb_failure_threshold, settings.cb_timeout_duration)
         self.models: frozenset[str] = frozenset()  # empty: not known yet, takes any
         self.adapters: frozenset[str] = frozenset()  # those of the models that are LoRA adapters
+        self.report: Report | None = None  # its latest /metrics, where they are read
         self.healthy = True
         self.draining = False
         self.checks = 0  # in a row, of the kind that would change `healthy`
@@ -50,6 +52,7 @@ class Fleet:
         self.router = Router(policy, index=index)
         self.workers: dict[str, Worker] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._readers: dict[str, asyncio.Task[None]] = {}
         self._allowed: dict[str, frozenset[str]] = {}
         self._adapters: frozenset[str] = frozenset()
 
@@ -72,6 +75,8 @@ class Fleet:
         self.workers[url] = worker
         self._allowed.clear()
         self._tasks[url] = asyncio.get_running_loop().create_task(self._watch(worker))
+        if self.settings.metrics_interval:
+            self._readers[url] = asyncio.get_running_loop().create_task(self._read_metrics(worker))
         return worker
 
     def remove(self, url: str, now: float) -> None:
@@ -82,6 +87,8 @@ class Fleet:
             self.subscriptions.remove(self.router.worker(url).slot)
         self.router.remove_worker(url, now)
         self._tasks.pop(url).cancel()
+        if url in self._readers:
+            self._readers.pop(url).cancel()
         self._allowed.clear()
         worker.pool.retire()
 
@@ -138,6 +145,8 @@ class Fleet:
                 "index_tokens": self.router.index.cached_tokens(states[worker.id].slot),
                 "knows": self._knows(states[worker.id].slot),
                 "upstream_connections": worker.pool.open,
+                "others": states[worker.id].others,
+                **_told(worker.report or Report()),
             }
             for worker in self.workers.values()
         ]
@@ -148,7 +157,7 @@ class Fleet:
         return str(index.state(slot)) if isinstance(index, BelievedIndex) else "own"
 
     def close(self) -> None:
-        for task in self._tasks.values():
+        for task in (*self._tasks.values(), *self._readers.values()):
             task.cancel()
         for worker in self.workers.values():
             worker.pool.close()
@@ -169,6 +178,33 @@ class Fleet:
             self._checked(worker, good)
             await asyncio.sleep(settings.health_check_interval)
 
+    async def _read_metrics(self, worker: Worker) -> None:
+        """Learn a worker's capacity and load from its own /metrics, now and then."""
+        while True:
+            report = None  # what is old says nothing
+            try:
+                status, text = await fetch(
+                    worker.pool, "/metrics", seconds=self.settings.health_check_timeout, headers=self._auth()
+                )
+                if status == 200:
+                    report = read(text)
+            except (OSError, TimeoutError):
+                pass
+            worker.report = report
+            self._reported(worker)
+            await asyncio.sleep(self.settings.metrics_interval)
+
+    def _reported(self, worker: Worker) -> None:
+        report = worker.report or Report()
+        state = self.router.worker(worker.id)
+        state.others = max((report.requests or 0) - state.in_flight, 0)
+        if report.capacity and report.capacity != state.capacity:
+            self.router.set_capacity(worker.id, report.capacity)
+
+    def _auth(self) -> list[tuple[bytes, bytes]]:
+        key = self.settings.worker_api_key
+        return [(b"authorization", b"Bearer " + key.encode())] if key else []
+
     def _checked(self, worker: Worker, good: bool) -> None:
         if good == worker.healthy:
             worker.checks = 0
@@ -183,11 +219,8 @@ class Fleet:
                 worker.breaker.succeeded()
 
     async def _learn_models(self, worker: Worker) -> None:
-        auth = []
-        if self.settings.worker_api_key:
-            auth = [(b"authorization", b"Bearer " + self.settings.worker_api_key.encode())]
         status, body = await fetch(
-            worker.pool, "/v1/models", seconds=self.settings.health_check_timeout, headers=auth
+            worker.pool, "/v1/models", seconds=self.settings.health_check_timeout, headers=self._auth()
         )
         if status != 200:
             return
@@ -199,3 +232,13 @@ class Fleet:
             return
         self._adapters = frozenset().union(*(w.adapters for w in self.workers.values()))
         self._allowed.clear()
+
+
+def _told(report: Report) -> dict[str, Any]:
+    """For a row: None where the worker's /metrics are not read or do not say."""
+    return {
+        "running": report.running,
+        "waiting": report.waiting,
+        "kv_usage": report.kv_usage,
+        "capacity": report.capacity,
+    }

@@ -103,10 +103,14 @@ class Collector:
             ("index_tokens", "Tokens the index believes the worker holds."),
             ("healthy", "1 if the worker takes requests."),
             ("upstream_connections", "Connections to the worker."),
+            ("others", "Requests on the worker that were not routed here, by its own metrics."),
+            ("running", "Requests running, by the worker's own metrics."),
+            ("waiting", "Requests waiting, by the worker's own metrics."),
+            ("kv_usage", "Share of the KV cache in use, by the worker's own metrics."),
+            ("capacity", "Tokens of KV cache, by the worker's own metrics."),
         ):
-            yield family(
-                Gauge, f"worker_{name}", text, ["worker"], [((row["id"],), row[name]) for row in rows]
-            )
+            told = [((row["id"],), row[name]) for row in rows if row[name] is not None]
+            yield family(Gauge, f"worker_{name}", text, ["worker"], told)
         yield family(
             Gauge,
             "worker_breaker",

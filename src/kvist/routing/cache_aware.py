@@ -38,7 +38,7 @@ class CacheAware(RoutingPolicy):
         self.balance_rel_threshold = balance_rel_threshold
 
     def choose(self, query: Query, candidates: Sequence[Candidate], now: float) -> Decision:
-        loads = [candidate.worker.in_flight for candidate in candidates]
+        loads = [candidate.worker.requests for candidate in candidates]
         low, high = min(loads), max(loads)
         if high - low > self.balance_abs_threshold and high > self.balance_rel_threshold * low:
             return smallest(loads, candidates, self.rng, reason="out of balance: fewest in flight")

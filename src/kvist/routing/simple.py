@@ -44,7 +44,7 @@ class LeastLoad(RoutingPolicy):
     needs_index = False
 
     def choose(self, query: Query, candidates: Sequence[Candidate], now: float) -> Decision:
-        scores = [candidate.worker.in_flight for candidate in candidates]
+        scores = [candidate.worker.requests for candidate in candidates]
         return smallest(scores, candidates, self.rng, reason="fewest in flight")
 
 
@@ -56,5 +56,5 @@ class PowerOfTwo(RoutingPolicy):
 
     def choose(self, query: Query, candidates: Sequence[Candidate], now: float) -> Decision:
         pair = self.rng.sample(candidates, 2) if len(candidates) > 1 else candidates
-        scores = [candidate.worker.in_flight for candidate in pair]
+        scores = [candidate.worker.requests for candidate in pair]
         return smallest(scores, pair, self.rng, reason="the less loaded of two")
