@@ -36,7 +36,7 @@ $(SCALE)/.installed: pyproject.toml
 	@touch $@
 
 test-scale: $(SCALE)/.installed
-	$(SCALE)/bin/python -m pytest tests/test_ray_dispatch.py tests/test_ray_serve.py
+	$(SCALE)/bin/python -m pytest tests/test_ray_dispatch.py tests/test_ray_serve.py tests/test_scale_bench.py
 
 # The dashboard and the report in a headless Chromium; without one these tests are skipped by `make test`.
 test-browser: $(STAMP)

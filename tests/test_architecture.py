@@ -21,6 +21,7 @@ LAYERS = [
     "picker",
     "plugins",
     "optimum",
+    "spread",
     "bench",
     "cachebench",
     "suite",

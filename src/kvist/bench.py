@@ -1,13 +1,13 @@
 """Grids of simulations: workloads x routers x evictions x rates x seeds, in one process or several.
 
 Every cell is independent and seeded by its own parameters, so the results are the same, bit for bit, in any
-number of processes.
+number of processes. One cell is one process: a cluster's routing decisions follow one another, and they, not
+the engines, are most of the work where workers are many (benchmarks/scale.py measures both).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
 from statistics import mean, stdev
@@ -15,6 +15,7 @@ from typing import Any
 
 from kvist.optimum import work_bound
 from kvist.sim import SimConfig, SimResult, simulate
+from kvist.spread import spread
 from kvist.workloads import make_workload
 
 # Two-sided 95 % quantiles of Student's t for 1 … 9 degrees of freedom; about 2 beyond.
@@ -94,9 +95,25 @@ def run_cell(cell: Cell) -> tuple[SimResult, float, str]:
 
 
 def run(
-    cells: Sequence[Cell], seeds: int, jobs: int = 1, progress: Callable[[], None] = lambda: None
+    cells: Sequence[Cell],
+    seeds: int,
+    jobs: int = 1,
+    progress: Callable[[], None] = lambda: None,
+    executor: str = "processes",
 ) -> list[Row]:
     """Run each cell with `seeds` seeds from its own on; rows in the order of the cells."""
+    rows = dict(stream(cells, seeds, jobs, progress, executor))
+    return [rows[i] for i in range(len(cells))]
+
+
+def stream(
+    cells: Sequence[Cell],
+    seeds: int,
+    jobs: int = 1,
+    progress: Callable[[], None] = lambda: None,
+    executor: str = "processes",
+) -> Iterator[tuple[int, Row]]:
+    """(number of the cell, its row) as soon as all of its seeds are done. See `kvist.spread.spread`."""
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, not {seeds}")
     tasks = [
@@ -104,19 +121,15 @@ def run(
         for cell in cells
         for i in range(seeds)
     ]
-    done: list[tuple[SimResult, float, str] | None] = [None] * len(tasks)
-    if jobs == 1:
-        for i, task in enumerate(tasks):
-            done[i] = run_cell(task)
-            progress()
-    else:
-        with ProcessPoolExecutor(jobs) as pool:
-            futures = {pool.submit(run_cell, task): i for i, task in enumerate(tasks)}
-            for future in as_completed(futures):
-                done[futures[future]] = future.result()
-                progress()
-    finished = [item for item in done if item is not None]
-    return [_row(cell, finished[i * seeds : (i + 1) * seeds]) for i, cell in enumerate(cells)]
+    done: dict[int, dict[int, tuple[SimResult, float, str]]] = {}
+    for task, result in spread(run_cell, tasks, jobs=jobs, executor=executor):
+        progress()
+        number, seed = divmod(task, seeds)
+        found = done.setdefault(number, {})
+        found[seed] = result
+        if len(found) == seeds:
+            del done[number]
+            yield number, _row(cells[number], [found[i] for i in range(seeds)])
 
 
 def _row(cell: Cell, runs: list[tuple[SimResult, float, str]]) -> Row:

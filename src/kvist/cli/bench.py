@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -52,6 +54,9 @@ def bench(
     ] = Path("../shared/traces"),
     seed: Seed = 0,
     jobs: Jobs = 1,
+    executor: Annotated[
+        str, typer.Option(help="Where jobs run: processes, or ray (RAY_ADDRESS, else a local cluster).")
+    ] = "processes",
     out: Out = None,
     as_json: Json = False,
     config: Config = None,
@@ -60,7 +65,7 @@ def bench(
     import msgspec
     from rich.console import Console
 
-    from kvist.bench import Cell, run
+    from kvist.bench import Cell, stream
     from kvist.cache import EVICTIONS
     from kvist.cli.progress import progress
     from kvist.engine.latency import load_profile
@@ -69,11 +74,15 @@ def bench(
     from kvist.routing import ROUTERS
     from kvist.sim import SimConfig
     from kvist.sim.base import WorkerSpec
+    from kvist.spread import EXECUTORS
     from kvist.workloads import make_workload
 
+    listed([executor], "--executor", list(EXECUTORS))
     if suite is not None:
         if suite != "standard":
             raise typer.BadParameter(f"--suite: unknown {suite!r}: choose standard")
+        if executor != "processes":
+            raise typer.BadParameter("--executor: the suite runs in processes only")
         _suite(evictions, traces, block_size, seeds, seed, jobs, out, as_json)
         return
     profiles = listed(profile, "--profile")
@@ -103,8 +112,12 @@ def bench(
                         seed=seed,
                     )
                     cells.append(Cell(spec, rate, setup, bound))
-    with progress(len(cells) * seeds, "simulating") as advance:
-        rows = run(cells, seeds, jobs, advance)
+    found = {}
+    with progress(len(cells) * seeds, "simulating") as advance, _log(out) as log:
+        for number, row in stream(cells, seeds, jobs, advance, executor):
+            found[number] = row
+            log(row.to_dict())
+    rows = [found[number] for number in range(len(cells))]
     if out is not None:
         write(rows, out)
     if as_json:
@@ -115,6 +128,23 @@ def bench(
         console.print(table)
     if out is not None:
         console.print(f"report: {out / 'report.html'}")
+
+
+@contextmanager
+def _log(out: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Each row as it is done, one JSON object a line, so that an interrupted run keeps what it has."""
+    import msgspec
+
+    if out is None:
+        yield lambda row: None
+        return
+    with (out / "rows.jsonl").open("wb") as file:
+
+        def write(row: dict[str, Any]) -> None:
+            file.write(msgspec.json.encode(row) + b"\n")
+            file.flush()
+
+        yield write
 
 
 def _suite(
