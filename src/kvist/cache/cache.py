@@ -38,6 +38,8 @@ class PrefixCache:
     Raises ValueError for a capacity below one block.
     """
 
+    tree_class: type[RadixTree] = RadixTree  # an engine's plugin puts its own tree under the policy
+
     def __init__(
         self,
         capacity: int,
@@ -61,7 +63,7 @@ class PrefixCache:
         self.evicted_blocks = 0  # over the cache's life
         self.eviction = eviction
         self.on_event = on_event
-        self.tree = RadixTree(self.stride, eviction)
+        self.tree = self.tree_class(self.stride, eviction)
         eviction.attach(self)
 
     # Counters, in tokens.

@@ -1,0 +1,172 @@
+"""SGLang's RadixCache with a policy of kvist's in place of its eviction heap.
+
+SGLang keeps its tree, locks, leaf set, sizes and KV events; this subclass tells the policy of every change
+and carries out what it evicts, to the page. A leaf that loses pages at its end keeps its node: key and value
+are cut and exactly those KV slots go back to the allocator, all slots of one call at once.
+
+Every rank of a tensor-parallel group makes the same calls and must evict the same slots, so the policy's time
+is a count of calls and its draws come from one seed; no clock, no hash order.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import Any
+
+import torch
+from sglang.srt.mem_cache.base_prefix_cache import EvictResult, MatchPrefixParams
+from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
+from sglang.srt.mem_cache.utils import split_node_hash_value
+
+from kvist.cache import EvictionPolicy
+from kvist.plugins.sglang.host import Leaves, PolicyHost, adopt
+
+
+class KvistRadixCache(RadixCache):
+    """`policy` decides what `evict` frees. `capacity`: KV slots, by default the allocator's."""
+
+    def __init__(self, params: Any, policy: EvictionPolicy, capacity: int | None = None) -> None:
+        self.policy = policy
+        slots = params.token_to_kv_pool_allocator.size if capacity is None else capacity
+        self.host = PolicyHost(slots, policy, params.page_size, shrink=self._shrink, drop=self._drop)
+        self._now = 0
+        self._again = False  # the call inside repeats a request that was counted
+        self._arrived: Any = None
+        self._freed: list[torch.Tensor] = []
+        super().__init__(params)
+
+    def reset(self) -> None:
+        self.evictable_leaves = Leaves(self.policy, self._arrive)
+        self.policy.reset()
+        self.host.tree.total = 0
+        super().reset()
+
+    def match_prefix(self, params: Any) -> Any:
+        result = super().match_prefix(params)
+        if not self.disable:
+            self._seen(result.last_device_node, params.req)
+        return result
+
+    def touch_prefix(self, key: Any) -> None:
+        """A waiting request's prefix: recent, but no hit before it is served."""
+        self._repeat(self.match_prefix, MatchPrefixParams(key=key))
+
+    def checkpoint(self, req: Any, **kwargs: Any) -> None:
+        """The prefix that SGLang matches in here was put there by the request itself."""
+        self._repeat(super().checkpoint, req, **kwargs)
+
+    def insert(self, params: Any) -> Any:
+        self._now += 1
+        self._arrived = None
+        result = super().insert(params)
+        if self._arrived is None and not self.disable:
+            self._touch(result.last_device_node)
+        return result
+
+    def evict(self, params: Any) -> Any:
+        """Free `num_tokens` tokens, rounded up to pages; fewer where all else is locked."""
+        if self.disable:
+            return EvictResult()
+        start = time.perf_counter()
+        try:
+            freed = self.policy.evict(max(-(-params.num_tokens // self.page_size), 0)) * self.page_size
+        finally:
+            if self._freed:
+                slots, self._freed = self._freed, []
+                # Whole pages of several rows: page-exact like one row's segment.
+                self.token_to_kv_pool_allocator.free_segment(torch.cat(slots), start_pos=0)
+        self.host.evicted_blocks += freed // self.page_size
+        self.update_eviction_metrics(freed, start)
+        return EvictResult(num_tokens_evicted=freed)
+
+    def _seen(self, last: Any, req: Any) -> None:
+        """Hits, once a request: SGLang matches a waiting request again each time it might be admitted."""
+        policy = self.policy
+        self._now += 1
+        counted = getattr(req, "kvist_matched", None)  # tokens of the request already counted as hits
+        if counted is None and not self._again:
+            policy.begin(None, self._now)
+        end = 0
+        for node in self._path(last):
+            end += len(node.key)
+            if self._again or end <= (counted or 0):
+                policy.touch(node, self._now)
+            else:
+                policy.hit(node, self._now)
+        if req is not None:
+            req.kvist_matched = max(end, counted or 0)
+
+    def _touch(self, last: Any) -> None:
+        for node in self._path(last):
+            self.policy.touch(node, self._now)
+
+    def _repeat(self, call: Any, *args: Any, **kwargs: Any) -> None:
+        self._again = True
+        try:
+            call(*args, **kwargs)
+        finally:
+            self._again = False
+
+    def _path(self, node: Any) -> list[Any]:
+        """The nodes from below the root down to `node`."""
+        path = []
+        while node is not self.root_node:
+            path.append(node)
+            node = node.parent
+        path.reverse()
+        return path
+
+    def _arrive(self, node: Any) -> None:
+        """SGLang made a leaf: the nodes above it were used, then it came."""
+        self._touch(node.parent)
+        adopt(node, len(node.key) // self.page_size)
+        self._arrived = node
+        self.host.tree.total += node.size
+        self.policy.insert(node, self._now)
+
+    def _split_node(self, key: Any, child: Any, split_len: int) -> Any:
+        upper = super()._split_node(key, child, split_len)
+        adopt(upper, split_len // self.page_size)
+        child.size -= upper.size
+        self.policy.split(upper, child)
+        return upper
+
+    def _shrink(self, node: Any, keep: int) -> None:
+        """Give back the slots of a leaf behind its first `keep` pages, and say so in KV events."""
+        at, key = keep * self.page_size, node.key
+        if at == len(key) or node.value is None:
+            return
+        self._freed.append(node.value[at:])
+        if at == 0:
+            self.kv_events.record_remove(node)
+            node.value = None  # `evicted`, in SGLang's terms; `_drop` unlinks it
+            return
+        if self.kv_events.enabled:
+            tail = copy.copy(node)
+            tail.key = key[at:]
+            node.hash_value, tail.hash_value = split_node_hash_value(node.hash_value, at, self.page_size)
+            node.event_hash_value, tail.event_hash_value = split_node_hash_value(
+                node.event_hash_value, at, self.page_size
+            )
+            self.kv_events.record_remove(tail)
+        self.evictable_size_ -= len(key) - at
+        if 2 * at <= len(key.token_ids):  # give the memory back too: amortised over what was evicted
+            node.key, node.value = key[:at], node.value[:at].clone()
+        else:
+            node.key = RadixKey(
+                key.token_ids,
+                extra_key=key.extra_key,
+                is_bigram=key.is_bigram,
+                limit=at + key.is_bigram,
+                cache_salt=key.cache_salt,
+            )
+            node.value = node.value[:at]
+
+    def _drop(self, node: Any) -> None:
+        """Unlink a leaf that has no page left; its parent may become a leaf."""
+        self.evictable_leaves.remove(node)
+        self.policy.remove(node)
+        self._shrink(node, 0)
+        self._delete_leaf(node)
+        node.parent = None
