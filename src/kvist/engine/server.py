@@ -7,8 +7,10 @@ eviction and timing are modelled, the text is filler. It says so at start-up and
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import signal
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,13 +21,17 @@ from kvist.engine.driver import Driver
 from kvist.engine.kv_events import Publisher
 from kvist.engine.metrics import EngineMetrics
 from kvist.engine.request import Refused, Request
+from kvist.engine.responses import Response, messages
 from kvist.http.server import Connection, Connections, error_body
 from kvist.http.server import Request as HttpRequest
 from kvist.model import Query
 from kvist.workloads.base import text_tokens
 
 JSON = b"application/json"
-GENERATING = ("/v1/chat/completions", "/v1/completions", "/generate")
+RESPONSES = "/v1/responses"
+GENERATING = ("/v1/chat/completions", "/v1/completions", RESPONSES, "/generate")
+SERVER = (b"server", b"kvist-engine (a model of an engine: its text is filler)")  # of every answer
+DRAIN_SECONDS = 30.0  # in which requests under way may end after SIGTERM
 
 
 class Answer:
@@ -40,8 +46,13 @@ class Answer:
         self.query = query
         self.number = int(query.id)
         self.stream = bool(body.stream)
+        self.created = int(time.time())
+        self.tool = api.forced_tool(body)
+        self.response: Response | None = None
+        if path == RESPONSES:
+            self.response = Response(self.number, self.created, server.model, body.max_output_tokens)
         self.with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        self.pieces = api.pieces(query.prompt, query.output_tokens)
+        self.pieces = api.pieces(query.output_tokens)
         self.sent = 0
         self.last_token = 0.0
         self.request: Request | None = None
@@ -61,10 +72,22 @@ class Answer:
         if self.stream:
             self._stream_token(request, last)
         elif last:
-            data = api.whole(
-                self.path, self.number, self.server.model, self.query, "".join(self.pieces), request.cached
-            )
-            self.client.respond(200, msgspec.json.encode(data), kind=JSON)
+            self.client.respond(200, msgspec.json.encode(self._whole(request)), kind=JSON)
+
+    def _whole(self, request: Request) -> dict[str, Any]:
+        text = "".join(self.pieces)
+        if self.response is not None:
+            return self.response.whole(text, api.usage(self.query, request.cached, self.sent))
+        return api.whole(
+            self.path,
+            self.number,
+            self.created,
+            self.server.model,
+            self.query,
+            text,
+            request.cached,
+            self.tool,
+        )
 
     def _stream_token(self, request: Request, last: bool) -> None:
         first = self.sent == 1
@@ -75,19 +98,25 @@ class Answer:
                 (b"transfer-encoding", b"chunked"),
             ]
             self.client.start(200, head)
-        text, model = self.pieces[self.sent - 1], self.server.model
-        events = [msgspec.json.encode(api.piece(self.path, self.number, model, text, first, last))]
-        if last:
-            if self.with_usage:
-                data = api.piece(self.path, self.number, model, "", False, True)
-                data["choices"] = []
-                data["usage"] = api.usage(self.query, request.cached, self.sent)
-                events.append(msgspec.json.encode(data))
-            events.append(b"[DONE]")
-        payload = b"".join(b"data: " + event + b"\n\n" for event in events)
+        text = self.pieces[self.sent - 1]
+        used = api.usage(self.query, request.cached, self.sent) if last else None
+        if self.response is not None:
+            payload = self.response.events(text, first, used)
+        else:
+            payload = b"".join(b"data: " + event + b"\n\n" for event in self._events(text, first, used))
         self.client.write(b"%x\r\n%s\r\n" % (len(payload), payload) + (b"0\r\n\r\n" if last else b""))
         if last:
             self.client.finish()
+
+    def _events(self, text: str, first: bool, used: dict[str, Any] | None) -> list[bytes]:
+        model, last = self.server.model, used is not None
+        data = api.piece(self.path, self.number, self.created, model, text, first, last, self.tool)
+        events = [msgspec.json.encode(data)]
+        if last:
+            if self.with_usage:
+                events.append(msgspec.json.encode({**data, "choices": [], "usage": used}))
+            events.append(b"[DONE]")
+        return events
 
     # kvist.http.server.Owner
     def client_lost(self) -> None:
@@ -118,8 +147,9 @@ class EngineServer:
         self.max_waiting = max_waiting
         self.publisher = publisher
         self.metrics = EngineMetrics(driver, model)
-        self.connections = Connections(self.handle)
+        self.connections = Connections(self.handle, headers=(SERVER,))
         self._numbers = itertools.count()
+        self._created = int(time.time())
 
     def handle(self, request: HttpRequest, client: Connection) -> None:
         """Answer one HTTP request."""
@@ -134,7 +164,7 @@ class EngineServer:
             entry = {
                 "id": self.model,
                 "object": "model",
-                "created": 0,
+                "created": self._created,
                 "owned_by": "kvist",
                 "max_model_len": self.driver.engine.cache.capacity,
             }
@@ -151,7 +181,9 @@ class EngineServer:
     def _generate(self, request: HttpRequest, client: Connection) -> None:
         try:
             body = api.parse(request.body)
-            query = api.to_query(next(self._numbers), request.path, body)
+            talk = messages(body) if request.path == RESPONSES else None
+            query = api.to_query(next(self._numbers), request.path, body, talk)
+            api.forced_tool(body)
         except api.BadRequest as error:
             client.respond(400, error_body(400, str(error)), kind=JSON)
             return
@@ -204,27 +236,38 @@ class EngineServer:
 async def serve(
     make: Callable[[], EngineServer], host: str, port: int, ready: Callable[[int], None] = lambda port: None
 ) -> None:
-    """Serve until SIGTERM or SIGINT. Raises OSError if the address is taken."""
+    """Serve until SIGTERM or SIGINT, then let requests under way end; a second signal cuts them.
+
+    Raises OSError if the address is taken.
+    """
     server = make()
     loop = asyncio.get_running_loop()
     listener = await loop.create_server(lambda: Connection(server.connections), host, port, backlog=4096)
-    stop = asyncio.Event()
+    stop, hurry = asyncio.Event(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, lambda: hurry.set() if stop.is_set() else stop.set())
     ready(listener.sockets[0].getsockname()[1])
     while not stop.is_set():
-        server.flush_events()
-        try:
-            async with asyncio.timeout(0.02 if server.publisher else 1.0):
-                await stop.wait()
-        except TimeoutError:
-            continue
+        await _tick(server, stop)
     listener.close()
+    connections = server.connections
+    connections.closing = True
+    end = time.monotonic() + DRAIN_SECONDS
+    while any(c.request for c in connections.open) and not hurry.is_set() and time.monotonic() < end:
+        await _tick(server, hurry, 0.02)
     server.driver.close()
-    for connection in list(server.connections.open):
-        connection.abort()
+    for connection in list(connections.open):
+        connection.transport.close() if connection.request is None else connection.abort()
+    await asyncio.sleep(0)
     if server.publisher is not None:
         server.publisher.close()
+
+
+async def _tick(server: EngineServer, event: asyncio.Event, idle: float = 1.0) -> None:
+    server.flush_events()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(0.02 if server.publisher else idle):
+            await event.wait()
 
 
 def run(make: Callable[[], EngineServer], host: str, port: int, ready: Callable[[int], None]) -> None:

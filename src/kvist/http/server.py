@@ -66,6 +66,7 @@ class Connections:
     limits: Limits = field(default_factory=Limits)
     open: set[Connection] = field(default_factory=set)
     closing: bool = False
+    headers: tuple[Header, ...] = ()  # of every answer
     refused: Callable[[int], None] = lambda status: None  # told of requests that never reached the handler
 
     def sweep(self, now: float) -> None:
@@ -208,6 +209,7 @@ class Connection(asyncio.Protocol):
         self._started = True
         lines = [_LINES.get(status) or f"HTTP/1.1 {status} Unknown\r\n".encode()]
         lines += [name + b": " + value + b"\r\n" for name, value in headers]
+        lines += [name + b": " + value + b"\r\n" for name, value in self.server.headers]
         if not self.request.keep_alive or self.server.closing:
             self.request.keep_alive = False
             lines.append(b"connection: close\r\n")
