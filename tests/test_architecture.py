@@ -20,6 +20,7 @@ LAYERS = [
     "gateway",
     "picker",
     "plugins",
+    "launch",
     "optimum",
     "spread",
     "bench",

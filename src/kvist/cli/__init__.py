@@ -17,6 +17,7 @@ from typer.main import get_command
 COMMANDS = (  # in the order of --help
     "demo",
     "serve",
+    "launch",
     "picker",
     "engine",
     "bench",
