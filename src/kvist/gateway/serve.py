@@ -16,6 +16,8 @@ import msgspec
 from kvist.gateway import snapshot
 from kvist.gateway.app import Gateway
 from kvist.gateway.auth import Keys
+from kvist.gateway.discovery.discovery import Discovery
+from kvist.gateway.discovery.membership import Membership
 from kvist.gateway.settings import Settings
 from kvist.http.garbage import Garbage
 from kvist.http.server import Connection
@@ -43,8 +45,8 @@ async def serve(
     path = Path(settings.snapshot) if settings.snapshot else None
     if path is not None and snapshot.load(gateway.fleet.router.policy, path):
         log("restored", snapshot=str(path))
-    for spec in settings.specs():
-        gateway.fleet.add(spec, gateway.now())
+    discovery = Discovery(Membership(gateway.fleet, gateway.now, log), log)
+    discovery.apply(settings, strict=True)
     loop = asyncio.get_running_loop()
     server = await loop.create_server(
         lambda: Connection(gateway.connections),
@@ -57,9 +59,12 @@ async def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     if reload is not None:
-        loop.add_signal_handler(signal.SIGHUP, _reload, gateway, reload, log)
+        loop.add_signal_handler(signal.SIGHUP, _reload, gateway, discovery, reload, log)
     port = server.sockets[0].getsockname()[1]
     log("listening", host=settings.host, port=port, workers=len(gateway.fleet.workers), open=_open(settings))
+    discovery.follow_names(settings)
+    if settings.service_discovery:
+        await discovery.follow_pods(settings)
     ready(port)
     sweeper = loop.create_task(_sweep(gateway, path, log))
     await stop.wait()
@@ -69,6 +74,7 @@ async def serve(
         await sweeper
     if path is not None:
         snapshot.save(gateway.fleet.router.policy, path)
+    discovery.close()
     gateway.fleet.close()
     gateway.knowledge.close()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -122,7 +128,9 @@ async def _drain(gateway: Gateway, server: asyncio.Server, log: Callable[..., No
     log("stopped", active=gateway.admission.active)
 
 
-def _reload(gateway: Gateway, reload: Callable[[], Settings], log: Callable[..., None]) -> None:
+def _reload(
+    gateway: Gateway, discovery: Discovery, reload: Callable[[], Settings], log: Callable[..., None]
+) -> None:
     """Take over workers and keys; anything else needs a restart. Bad settings change nothing."""
     try:
         settings = reload()
@@ -132,15 +140,9 @@ def _reload(gateway: Gateway, reload: Callable[[], Settings], log: Callable[...,
         log("reload failed", error=str(error))
         return
     gateway.keys, gateway.admin = keys, admin
-    wanted = {spec.url: spec for spec in settings.specs()}
-    for url in set(gateway.fleet.workers) - set(wanted):
-        gateway.fleet.remove(url, gateway.now())
-    for url in sorted(set(wanted) - set(gateway.fleet.workers)):
-        try:
-            gateway.fleet.add(wanted[url], gateway.now())
-        except ValueError as error:
-            log("reload failed", worker=url, error=str(error))
-    log("reloaded", workers=len(wanted))
+    discovery.apply(settings)
+    discovery.follow_names(settings)
+    log("reloaded", workers=len(gateway.fleet.workers))
 
 
 def run(settings: Settings, reload: Callable[[], Settings] | None = None) -> None:

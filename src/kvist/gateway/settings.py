@@ -123,7 +123,7 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     ] = False
     selector: Annotated[list[str], Meta(description="Labels of these pods, KEY=VALUE.")] = []
     service_discovery_port: Annotated[int, Meta(description="Port of these pods.")] = 8000
-    service_discovery_namespace: Annotated[str, Meta(description="Their namespace, empty: all.")] = ""
+    service_discovery_namespace: Annotated[str, Meta(description="Their namespace.")] = "default"
     kubeconfig: Annotated[str, Meta(description="File that says how to reach Kubernetes.")] = ""
 
     embedded: Annotated[int, Meta(description="Start so many embedded engines (models of engines).")] = 0
@@ -182,6 +182,9 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         for label in self.selector:
             if not all(label.partition("=")[::2]):
                 raise ValueError(f"selector: {label!r} must be KEY=VALUE")
+        for url in [*self.worker_urls, *(worker.url for worker in self.workers)]:
+            if url.startswith("dns+") and not url.startswith("dns+http://"):
+                raise ValueError(f"worker_urls: {url}: a name must be given as dns+http://HOST:PORT")
         if self.service_discovery and not self.selector:
             raise ValueError("service_discovery needs a selector: give the labels of the workers' pods")
         if self.snapshot_index and not self.snapshot:

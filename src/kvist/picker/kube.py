@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import msgspec
-
+from kvist.gateway.discovery.kubernetes import connect, follow, ready
 from kvist.picker.core import Picker
 from kvist.picker.endpoints import EndpointFleet
 from kvist.picker.protocol import endpoint
@@ -21,16 +20,6 @@ from kvist.picker.settings import PickerSettings
 
 OBJECTIVE_GROUP, OBJECTIVE_VERSION = "inference.networking.x-k8s.io", "v1alpha2"
 POOL_VERSION = "v1"
-WATCH_SECONDS = 300  # then the server ends a watch and it starts over
-RETRY_SECONDS = (0.5, 10.0)  # first and longest wait after a failure
-
-
-def ready(pod: Mapping[str, Any]) -> bool:
-    """Running, ready and not about to go."""
-    status = pod.get("status") or {}
-    conditions = {c.get("type"): c.get("status") for c in status.get("conditions") or []}
-    going = (pod.get("metadata") or {}).get("deletionTimestamp")
-    return not going and status.get("phase") == "Running" and conditions.get("Ready") == "True"
 
 
 def endpoints_of(pods: Iterable[Mapping[str, Any]], ports: Iterable[int]) -> dict[str, bool]:
@@ -100,13 +89,13 @@ async def watch_pool(
         from kubernetes_asyncio import client as api
     except ModuleNotFoundError:
         raise ValueError("--pool-name needs kubernetes-asyncio: pip install 'kvist[kubernetes]'") from None
-    client = client or await _connect()
+    client = client or await connect()
     pool = Pool(settings, picker, fleet)
     custom, core = api.CustomObjectsApi(client), api.CoreV1Api(client)
     space = settings.pool_namespace
 
     async def pools() -> None:
-        await _follow(
+        await follow(
             custom.list_namespaced_custom_object,
             (settings.pool_group, POOL_VERSION, space, "inferencepools"),
             {"field_selector": f"metadata.name={settings.pool_name}"},
@@ -115,7 +104,7 @@ async def watch_pool(
         )
 
     async def objectives() -> None:
-        await _follow(
+        await follow(
             custom.list_namespaced_custom_object,
             (OBJECTIVE_GROUP, OBJECTIVE_VERSION, space, "inferenceobjectives"),
             {},
@@ -135,7 +124,7 @@ async def watch_pool(
                     services.set_ready(True)
 
                 task = asyncio.ensure_future(
-                    _follow(core.list_namespaced_pod, (space,), {"label_selector": selector}, seen, log)
+                    follow(core.list_namespaced_pod, (space,), {"label_selector": selector}, seen, log)
                 )
             await pool.selected.wait()
             if task is not None:
@@ -146,88 +135,3 @@ async def watch_pool(
         await asyncio.gather(pools(), objectives(), pods())
     finally:
         await client.close()
-
-
-async def _connect() -> Any:
-    from kubernetes_asyncio import client as api
-    from kubernetes_asyncio import config
-
-    try:
-        config.load_incluster_config()  # type: ignore[no-untyped-call]
-    except config.ConfigException:
-        try:
-            await config.load_kube_config()
-        except (config.ConfigException, OSError) as error:
-            raise ValueError(
-                f"no Kubernetes credentials, neither in this pod nor in a file: {error}"
-            ) from None
-    return api.ApiClient()
-
-
-async def _follow(
-    listing: Callable[..., Any],
-    where: tuple[str, ...],
-    select: dict[str, str],
-    changed: Callable[[Mapping[str, Mapping[str, Any]]], None],
-    log: Callable[..., None],
-) -> None:
-    """List, then watch; `changed` gets all objects by name after each change."""
-    wait = RETRY_SECONDS[0]
-    while True:
-        try:
-            seen, version = await _list(listing, where, select)
-            changed(seen)
-            wait = RETRY_SECONDS[0]
-            async for kind, item in _watch(listing, where, select, version):
-                name = item["metadata"]["name"]
-                if kind == "DELETED":
-                    seen.pop(name, None)
-                else:
-                    seen[name] = item
-                changed(seen)
-        except asyncio.CancelledError:
-            raise
-        except Exception as error:  # the API server is away, answers nonsense or 410 Gone: list again
-            log("watch broke", what=where[-1], error=f"{type(error).__name__}: {str(error)[:200]}")
-            await asyncio.sleep(wait)
-            wait = min(2 * wait, RETRY_SECONDS[1])
-
-
-async def _list(
-    listing: Callable[..., Any], where: tuple[str, ...], select: dict[str, str]
-) -> tuple[dict[str, Mapping[str, Any]], str]:
-    response = await listing(*where, **select, _preload_content=False)
-    async with response:
-        if response.status == 404:  # the kind is not installed, or nobody has made it yet
-            raise LookupError("not found")
-        response.raise_for_status()
-        data = msgspec.json.decode(await response.read())
-    items = {item["metadata"]["name"]: item for item in data.get("items") or []}
-    return items, str((data.get("metadata") or {}).get("resourceVersion", ""))
-
-
-async def _watch(
-    listing: Callable[..., Any], where: tuple[str, ...], select: dict[str, str], version: str
-) -> AsyncIterator[tuple[str, Mapping[str, Any]]]:
-    """Changes after `version`, until the server ends the watch. Raises LookupError if it is too old."""
-    response = await listing(
-        *where,
-        **select,
-        watch=True,
-        resource_version=version,
-        timeout_seconds=WATCH_SECONDS,
-        allow_watch_bookmarks=True,
-        _preload_content=False,
-        _request_timeout=WATCH_SECONDS + 30,
-    )
-    async with response:
-        response.raise_for_status()
-        rest = b""
-        async for data in response.content.iter_any():  # one object may be longer than a reader's line limit
-            *lines, rest = (rest + data).split(b"\n")
-            for line in lines:
-                event = msgspec.json.decode(line)
-                if event["type"] == "ERROR":
-                    raise LookupError(str(event["object"].get("message", "the watch is too old")))
-                if event["type"] != "BOOKMARK":
-                    yield event["type"], event["object"]
