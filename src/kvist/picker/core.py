@@ -10,6 +10,7 @@ import itertools
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from heapq import nsmallest
 from typing import Protocol
 
 from kvist.gateway.metrics import Metrics
@@ -244,7 +245,7 @@ class Picker:
         scores = ticket.decision.scores
         if len(scores) != len(open_):
             scores = [float(worker.in_flight) for worker in open_]
-        ranked = sorted(zip(scores, (worker.id for worker in open_), strict=True))
+        ranked = nsmallest(spare + 1, zip(scores, (worker.id for worker in open_), strict=True))
         others = [url for _, url in ranked if url != first]
         return tuple(place_of(url) for url in (first, *others[:spare]))
 
