@@ -26,7 +26,7 @@ try:
 except ValueError as error:
     pytest.skip(str(error), allow_module_level=True)
 
-FAST = "--health-check-interval=0.3"
+FAST = ["--health-check-interval=0.3", "--drain-notice=0.5"]
 PATH = "/v1/chat/completions"
 
 
@@ -39,7 +39,7 @@ def pool(workers: list[Process], *options: str, **envoy: Any) -> Iterator[LocalP
     """Envoy and a picker over running workers, warm: every worker is known to be well on both sides."""
     with LocalPool(
         endpoints=[place(worker) for worker in workers],
-        picker=[FAST, *options],
+        picker=[*FAST, *options],
         health_seconds=0.3,
         **envoy,
     ) as started:
@@ -236,6 +236,28 @@ def test_the_pickers_death_follows_the_failure_mode(fail_open: bool) -> None:
         wait_for(lambda: envoy.stat("cluster.picker.membership_healthy") == 1)
         wait_for(lambda: ask(made)[1] != "")
         wait_for(lambda: at_rest(made))
+
+
+@pytest.mark.parametrize("fail_open", [True, False])
+def test_a_picker_that_hangs_holds_nobody_up_for_long(fail_open: bool) -> None:
+    with workers(1) as started, pool(started, fail_open=fail_open) as made:
+        assert made.picker is not None and made.envoy is not None
+        envoy, process = made.envoy, made.picker.process
+        process.send_signal(signal.SIGSTOP)
+        try:
+            begun = time.monotonic()
+            assert call(made.url, PATH, chat(model="fake"))[0] == 503  # its body is with the picker
+            assert time.monotonic() - begun < 20
+            wait_for(lambda: envoy.stat("cluster.picker.membership_healthy") == 0)
+            assert call(made.url, PATH, chat(model="fake"))[0] == (200 if fail_open else 503)
+        finally:
+            process.send_signal(signal.SIGCONT)
+        wait_for(lambda: ask(made)[1] != "")
+
+
+def test_over_tls_with_a_certificate_made_at_start() -> None:
+    with workers(1) as started, pool(started, "--secure-serving", secure=True) as made:
+        assert ask(made) == (200, started[0].url)
 
 
 def test_a_stopping_picker_lets_streams_end() -> None:

@@ -175,6 +175,11 @@ def test_a_handler_that_breaks_ends_its_own_call_only() -> None:
                 raise RuntimeError("a bug")
             super().message(data)
 
+        def half_closed(self) -> None:
+            if Echo.seen == ["break at the end"]:
+                raise RuntimeError("another")
+            super().half_closed()
+
     told: list[Exception] = []
     Echo.times, Echo.seen = 1, []
     with (
@@ -185,7 +190,12 @@ def test_a_handler_that_breaks_ends_its_own_call_only() -> None:
             list(bidi(channel)(iter([b"break"]), timeout=10))
         assert error.value.code() is grpc.StatusCode.INTERNAL
         assert [str(e) for e in told] == ["a bug"] and Echo.seen == ["lost"]
+        Echo.seen = []
         assert list(bidi(channel)(iter([b"fine"]), timeout=10)) == [b"fine"]
+        Echo.seen = ["break at the end"]
+        with pytest.raises(grpc.RpcError) as error:
+            list(bidi(channel)(iter([b"x"]), timeout=10))
+        assert error.value.code() is grpc.StatusCode.INTERNAL
 
 
 class Wire:
@@ -262,6 +272,18 @@ def test_a_reader_that_does_not_read_stops_the_sender() -> None:
         got += sum(len(payload) for kind, _, _, payload in wire.frames() if kind == DATA)
     assert wire.connection.streams[1].owed == 0
     assert got + 65535 >= sent - 15_005
+
+
+def test_a_transport_that_is_full_stops_the_sender_too() -> None:
+    Echo.times = 1
+    wire = Wire()
+    wire.feed(HELLO + frame(HEADERS, END_HEADERS, 1, call_headers()))
+    wire.frames()
+    wire.connection.pause_writing()
+    wire.feed(frame(DATA, 0, 1, message(b"x" * 100)))
+    assert not [f for f in wire.frames() if f[0] == DATA]
+    wire.connection.resume_writing()
+    assert [f[3] for f in wire.frames() if f[0] == DATA] == [message(b"x" * 100)]
 
 
 def test_a_call_in_one_segment_and_byte_by_byte() -> None:

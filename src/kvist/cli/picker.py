@@ -64,6 +64,9 @@ def picker(
     drain_timeout: Annotated[
         float | None, typer.Option(help="Seconds that streams get to end on SIGTERM [30].")
     ] = None,
+    drain_notice: Annotated[
+        float | None, typer.Option(help="Seconds of it in which only the health check fails [3].")
+    ] = None,
     snapshot: Annotated[str | None, typer.Option(help="File that keeps what was learned.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the policy.")] = 0,
     local: Annotated[
@@ -110,6 +113,7 @@ def picker(
         "health_check_endpoint": health_check_endpoint,
         "worker_api_key": worker_api_key,
         "drain_timeout": drain_timeout,
+        "drain_notice": drain_notice,
         "snapshot": snapshot,
         "seed": seed or None,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from kvist.http.frames import DATA, END_HEADERS, END_STREAM, HEADERS, NO_ERROR, RST, WINDOW, frame
@@ -14,7 +15,7 @@ OK, INVALID_ARGUMENT, NOT_FOUND, RESOURCE_EXHAUSTED, UNIMPLEMENTED, INTERNAL = 0
 
 STREAM_WINDOW = 256 << 10  # bytes that a stream may have under way to us
 SENT_LIMIT = 256 << 10  # bytes a stream may owe its peer before its window is no longer refilled
-MAX_MESSAGE = 8 << 20
+MAX_MESSAGE = 4 << 20  # as gRPC has it by default
 
 
 class Handler(Protocol):
@@ -94,15 +95,12 @@ class Stream:
             length = int.from_bytes(buffer[at + 1 : at + 5], "big")
             if buffer[at] or length > MAX_MESSAGE:
                 status = UNIMPLEMENTED if buffer[at] else RESOURCE_EXHAUSTED
-                self._give_up(status, "messages must be uncompressed and of at most 8 MiB")
+                self._give_up(status, "messages must be uncompressed and of at most 4 MiB")
                 return
             if len(buffer) - at - 5 < length:
                 break
             message, at = buffer[at + 5 : at + 5 + length], at + 5 + length
-            try:
-                self.handler.message(message)
-            except Exception as error:  # one call's fault must not end the others of its connection
-                self.connection.broken(error)
+            if not self._tell(self.handler.message, message):
                 self._give_up(INTERNAL, "internal error")
                 return
         self._buffer = buffer[at:] if at else buffer
@@ -117,14 +115,23 @@ class Stream:
 
     def ended(self) -> None:
         self.remote_closed = True
-        if self.handler is not None:
-            self.handler.half_closed()
+        if self.handler is not None and not self._tell(self.handler.half_closed):
+            self._give_up(INTERNAL, "internal error")
+
+    def _tell(self, what: Callable[..., None], *values: bytes) -> bool:
+        """Call the handler; whether it went well. One call's fault must not end its connection's others."""
+        try:
+            what(*values)
+        except Exception as error:
+            self.connection.broken(error)
+            return False
+        return True
 
     def _give_up(self, status: int, text: str) -> None:
         handler = self.handler
         self.finish(status, text)
         if handler is not None:
-            handler.lost()
+            self._tell(handler.lost)
 
     def drop(self) -> None:
         """Forget the call; its handler is told."""
@@ -132,7 +139,7 @@ class Stream:
         self._queue.clear()
         self.connection.streams.pop(self.id, None)
         if handler is not None:
-            handler.lost()
+            self._tell(handler.lost)
 
     # To the peer
     def send(self, message: bytes) -> None:
@@ -143,7 +150,8 @@ class Stream:
             self.connection.put(frame(HEADERS, END_HEADERS, self.id, _HEAD))
         data = b"\x00" + len(message).to_bytes(4, "big") + message
         connection = self.connection
-        if not self.owed and len(data) <= min(self.window, connection.window, connection.peer_frame):
+        room = min(self.window, connection.window, connection.peer_frame)
+        if len(data) <= room and not self.owed and not connection.paused:
             self.window -= len(data)
             connection.window -= len(data)
             connection.put(frame(DATA, 0, self.id, data))

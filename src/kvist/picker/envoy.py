@@ -160,7 +160,8 @@ def _policy(name: str, message: str) -> dict[str, Any]:
 
 def _picker(picker: str, secure: bool, seconds: float) -> dict[str, Any]:
     """Health checks make failing open work: in full-duplex mode Envoy can go on without the picker only if it
-    knows before the first piece of a body was sent to it that nobody is there."""
+    knows before the first piece of a body was sent to it that nobody is there. Pings end what a picker that
+    hangs holds up; one that drains answers them."""
     cluster = {
         "name": "picker",
         "type": "STATIC",
@@ -170,7 +171,12 @@ def _picker(picker: str, secure: bool, seconds: float) -> dict[str, Any]:
         "typed_extension_protocol_options": {
             "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
                 "@type": _EXTENSIONS + "upstreams.http.v3.HttpProtocolOptions",
-                "explicit_http_config": {"http2_protocol_options": {"max_concurrent_streams": 4096}},
+                "explicit_http_config": {
+                    "http2_protocol_options": {
+                        "max_concurrent_streams": 4096,
+                        "connection_keepalive": {"interval": f"{5 * seconds}s", "timeout": f"{5 * seconds}s"},
+                    }
+                },
             }
         },
         "health_checks": [

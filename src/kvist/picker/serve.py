@@ -22,8 +22,6 @@ from kvist.picker.server import Services
 from kvist.picker.settings import PickerSettings
 from kvist.picker.tls import server_context
 
-NOTICE_SECONDS = 1.0  # what a data plane gets to see the health check fail before streams are refused
-
 
 async def serve(
     settings: PickerSettings,
@@ -79,7 +77,7 @@ async def serve(
             services.set_ready(True)
         ready(port)
         await _until(stop, tasks)
-        await _drain(services, picker, settings.drain_timeout, log)
+        await _drain(services, picker, servers, log)
     finally:
         for server in servers:
             server.close()
@@ -103,13 +101,18 @@ async def _until(stop: asyncio.Event, tasks: list[asyncio.Task[None]]) -> None:
             task.result()
 
 
-async def _drain(services: Services, picker: Picker, seconds: float, log: Callable[..., None]) -> None:
+async def _drain(
+    services: Services, picker: Picker, servers: list[asyncio.Server], log: Callable[..., None]
+) -> None:
     """Fail the health check first, then refuse new streams, then let those under way end."""
+    settings = picker.settings
     log("draining", streams=len(services.open))
+    until = time.monotonic() + settings.drain_timeout
     services.set_ready(False)
-    await asyncio.sleep(min(NOTICE_SECONDS, seconds))
+    await asyncio.sleep(min(settings.drain_notice, settings.drain_timeout))
+    for server in servers:
+        server.close()
     services.go_away()
-    until = time.monotonic() + seconds
     while services.open and time.monotonic() < until:
         await asyncio.sleep(0.05)
     log("stopped", streams=len(services.open), active=picker.flow.active)

@@ -30,12 +30,13 @@ class PickerSettings(Settings, kw_only=True, forbid_unknown_fields=True):
 
     fallbacks: int = 2  # further endpoints that the data plane may try, in order
     max_in_flight: int = 0  # requests under way at one endpoint before the pool is saturated; 0: no bound
+    drain_notice: float = 3.0  # what a data plane gets to see the health check fail, on SIGTERM
     objectives: dict[str, int] = {}  # priority by objective name; below 0: shed when saturated
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.endpoints = list(dict.fromkeys(endpoint(text) for text in self.endpoints))
-        for name in ("fallbacks", "max_in_flight"):
+        for name in ("fallbacks", "max_in_flight", "drain_notice"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
         for name in ("grpc_port", "grpc_health_port", "metrics_port"):
