@@ -8,11 +8,12 @@ from typing import Any
 from kvist.cache.base import EvictionPolicy
 from kvist.cache.belady import Belady
 from kvist.cache.cache import Inserted, Match, PrefixCache
+from kvist.cache.hedge import Hedge
 from kvist.cache.recency import FIFO, SLRU, LeafLFU, LeafLRU
 from kvist.cache.rlt import RLT, RandomLeaf
 
 EVICTIONS: dict[str, type[EvictionPolicy]] = {
-    policy.name: policy for policy in (LeafLRU, RLT, LeafLFU, FIFO, SLRU, RandomLeaf, Belady)
+    policy.name: policy for policy in (LeafLRU, RLT, Hedge, LeafLFU, FIFO, SLRU, RandomLeaf, Belady)
 }
 
 
