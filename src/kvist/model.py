@@ -90,6 +90,7 @@ class WorkerState:
     pending_prefill: int = 0  # uncached prompt tokens of requests still before their first token
     others: int = 0  # requests there that were not routed here, by the worker's latest metrics
     load: float = 0.0
+    load_elsewhere: float = 0.0  # the same, of other routers of the fleet that tell
     routed: int = 0
     cached_tokens: int = 0  # tokens the router's index believes this worker holds
 

@@ -21,6 +21,7 @@ from kvist.gateway.knowledge.knowledge import Knowledge
 from kvist.gateway.metrics import Collector, Metrics, exposition
 from kvist.gateway.prompt import BadBody, parse, to_query
 from kvist.gateway.settings import ROUTED, Settings, WorkerSpec
+from kvist.gateway.sharing.redis import over_redis
 from kvist.http.server import Connection, Connections, Limits, Request, error_body
 from kvist.routing import ROUTERS, Outcome, Ticket, make_policy
 
@@ -57,6 +58,7 @@ class Gateway:
             refused=self._refused,
         )
         self._numbers = itertools.count()
+        self.sharing = over_redis(settings, self.fleet.router, log)
         self._kinds = dict(ROUTED) | dict.fromkeys(settings.allow_paths, "any")
         self._pages: dict[tuple[bytes, str], Callable[[Connection], None]] = {
             (b"GET", "/health"): self._health,

@@ -95,6 +95,10 @@ class Collector:
         yield family(Gauge, "active_requests", "Requests under way.", [], [((), gateway.admission.active)])
         yield family(Gauge, "queued_requests", "Requests waiting.", [], [((), gateway.admission.waiting)])
         yield family(Gauge, "client_connections", "Open connections.", [], [((), gateway.open_clients)])
+        if (sharing := gateway.sharing) is not None:
+            yield family(Gauge, "sharing_peers", "Gateways heard of lately.", [], [((), sharing.peers)])
+            connected = [((), float(sharing.connected))]
+            yield family(Gauge, "sharing_connected", "1 if the last exchange went well.", [], connected)
         yield from self._knowledge(family, Count, Gauge)
         rows = gateway.fleet.rows()
         for name, text in (

@@ -66,12 +66,15 @@ async def serve(
     if settings.service_discovery:
         await discovery.follow_pods(settings)
     ready(port)
-    sweeper = loop.create_task(_sweep(gateway, path, log))
+    beside = [loop.create_task(_sweep(gateway, path, log))]
+    if gateway.sharing is not None:
+        beside.append(loop.create_task(gateway.sharing.run()))
     await stop.wait()
     await _drain(gateway, server, log)
-    sweeper.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await sweeper
+    for task in beside:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
     if path is not None:
         snapshot.save(gateway.fleet.router.policy, path)
     discovery.close()

@@ -135,6 +135,9 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     allow_paths: Annotated[list[str], Meta(description="Further worker paths to pass on (POST).")] = []
     snapshot: Annotated[str, Meta(description="File that keeps what was learned.")] = ""
     snapshot_interval: Annotated[float, Meta(description="Seconds between its writings.")] = 60.0
+    share_url: Annotated[str, Meta(description="Redis that gateways of a fleet share load over.")] = ""
+    share_fleet: Annotated[str, Meta(description="Name of the fleet that shares.")] = "default"
+    share_interval: Annotated[float, Meta(description="Seconds between exchanges.")] = 0.2
     snapshot_index: Annotated[bool, Meta(description="At shutdown keep the index too.")] = False
     log_requests: Annotated[bool, Meta(description="Log each request, without its text.")] = False
     otlp_traces_endpoint: Annotated[
@@ -163,6 +166,7 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             "cb_timeout_duration",
             "queue_timeout",
             "snapshot_interval",
+            "share_interval",
             "discovery_interval",
         ):
             if not getattr(self, name) > 0:

@@ -150,7 +150,8 @@ class LBGR(RoutingPolicy):
             base, per_cached, per_miss, per_load = own.used
             cached = candidate.cached
             miss = (length - cached) / 1000
-            score = base + per_cached * cached / 1000 + (per_miss + price) * miss + per_load * own.load
+            load = own.load + candidate.worker.load_elsewhere
+            score = base + per_cached * cached / 1000 + (per_miss + price) * miss + per_load * load
             scores.append(score)
             if score < best:
                 best, chosen, ties = score, i, 1
@@ -168,7 +169,7 @@ class LBGR(RoutingPolicy):
         cached = ticket.decision.cached / 1000
         miss = ticket.query.length / 1000 - cached
         service = RESERVED[0] + RESERVED[1] * cached + miss
-        ticket.memo = (cached, miss, own.load, service, own.clock)
+        ticket.memo = (cached, miss, own.load + own.state.load_elsewhere, service, own.clock)
         own.load += service
         own.state.load = own.load
 
