@@ -43,7 +43,7 @@ test-browser: $(STAMP)
 	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
 	  { apt-get update -qq && apt-get install -y -qq chromium; } || \
 	  { echo "install chromium first (here: no root or no apt-get)"; exit 1; }
-	$(BIN)/python -m pytest tests/test_dashboard.py
+	$(BIN)/python -m pytest tests/test_dashboard.py tests/test_demo.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

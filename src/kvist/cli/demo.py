@@ -28,24 +28,33 @@ def demo(
     config: Config = None,
 ) -> None:
     """Start a gateway and 4 embedded engines, send real HTTP traffic, compare a usual set-up with kvist's."""
+    import signal
+    import sys
+
     import msgspec
     from rich.console import Console
 
     from kvist.cli.progress import progress
-    from kvist.demo.run import OURS, USUAL, Scale, compare, verdict
+    from kvist.demo.run import OURS, USUAL, Scale, caution, compare, verdict
     from kvist.demo.trace import trace_rows
-    from kvist.report.demo import demo_table, write
+    from kvist.report.demo import demo_table, legend, write
     from kvist.report.table import bench_tables
 
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: what was started is stopped again
+        signal.signal(number, lambda got, _: sys.exit(128 + got))
     scale = Scale(prompts=prompts, rate=rate, speed=speed, workers=workers, seed=seed)
     console = Console(stderr=as_json)
-    console.print(f"Real HTTP traffic through a gateway: {scale.describe()}.", highlight=False)
+    console.print(f"{scale.describe()}. Once with a usual set-up, once with kvist's.\n", highlight=False)
     with progress(2 * scale.groups * prompts, "sending requests") as advance:
-        setups = compare([USUAL, OURS], scale, advance)
-    words = verdict(*setups)
+        trials = compare([USUAL, OURS], scale, advance)
+    usual, ours = setups = [trial.setup for trial in trials]
+    words, warning = verdict(usual, ours), caution(setups, speed)
     if not as_json:
-        console.print(demo_table(setups))
+        console.print(demo_table(usual, ours))
+        console.print(f"[dim]{legend(usual, ours, speed)}[/]\n", highlight=False)
         console.print(words, highlight=False)
+    if warning:
+        console.print(f"[yellow]{warning}[/]", highlight=False)
     rows = []
     trace = traces / "mooncake_conversation.jsonl"
     if trace.exists():
@@ -55,9 +64,14 @@ def demo(
         if not as_json:
             for table in bench_tables(rows, console.width):
                 console.print(table)
-    write(setups, words, scale.describe(), rows, out)
+    write(trials, words, warning, scale.describe(), rows, out)
     if as_json:
-        data = {"setups": setups, "verdict": words, "trace": [row.to_dict() for row in rows]}
+        data = {
+            "setups": setups,
+            "verdict": words,
+            "caution": warning,
+            "trace": [row.to_dict() for row in rows],
+        }
         typer.echo(msgspec.json.encode(data).decode())
     else:
         console.print(f"report: {out / 'report.html'}", highlight=False)

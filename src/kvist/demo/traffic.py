@@ -23,8 +23,13 @@ _LETTERS = bytes(
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """One answered request; times in seconds of the client's clock."""
+    """One answered request; times in seconds of the client's clock, `at` and `late` of the plan.
 
+    at: after the start it was to be sent; late: how much later it was.
+    """
+
+    at: float
+    late: float
     ttft: float
     latency: float
     prompt_tokens: int
@@ -90,7 +95,7 @@ class _Call:
             self.done.set_exception(ConnectionError(reason))
 
 
-async def _send(pool: Pool, job: Job) -> Sent | None:
+async def _send(pool: Pool, job: Job, began: float) -> Sent | None:
     """None if the request was refused or broke."""
     start = time.monotonic()
     call = _Call()
@@ -108,7 +113,8 @@ async def _send(pool: Pool, job: Job) -> Sent | None:
     usage = _CACHED.search(call.tail)
     if call.status != 200 or usage is None:
         return None
-    return Sent(call.first - start, end - start, int(usage[1]), int(usage[2]), end)
+    late = start - began - job.at
+    return Sent(job.at, late, call.first - start, end - start, int(usage[1]), int(usage[2]), end)
 
 
 async def _drive(
@@ -121,7 +127,7 @@ async def _drive(
         wait = start + job.at - time.monotonic()
         if wait > 0:
             await asyncio.sleep(wait)
-        task = asyncio.create_task(_send(pool, job))
+        task = asyncio.create_task(_send(pool, job, start))
         task.add_done_callback(lambda _: progress())
         tasks.append(task)
     results = await asyncio.gather(*tasks)

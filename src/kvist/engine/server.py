@@ -22,6 +22,7 @@ from kvist.engine.kv_events import Publisher
 from kvist.engine.metrics import EngineMetrics
 from kvist.engine.request import Refused, Request
 from kvist.engine.responses import Response, messages
+from kvist.http.garbage import Garbage
 from kvist.http.server import Connection, Connections, error_body
 from kvist.http.server import Request as HttpRequest
 from kvist.model import Query
@@ -247,8 +248,10 @@ async def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: hurry.set() if stop.is_set() else stop.set())
     ready(listener.sockets[0].getsockname()[1])
+    garbage = Garbage(time.monotonic())
     while not stop.is_set():
         await _tick(server, stop)
+        garbage.sweep(time.monotonic(), idle=not server.driver.engine.running)
     listener.close()
     connections = server.connections
     connections.closing = True

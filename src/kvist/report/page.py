@@ -6,24 +6,47 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1c1e21; --soft: #667; --line: #ddd; --paper: #fff; --good: #00674b }
+:root { color-scheme: light dark; --ink: #14181d; --soft: #5c6672; --line: #e3e7eb; --paper: #fff;
+  --card: #f5f7f8;
+  --good: #0b7a5c; --warn: #8f5b00 }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e8e8ea; --soft: #9aa; --line: #3a3d42; --paper: #16181b; --good: #4fd1a5 }
+  :root { --ink: #e9edf1; --soft: #a0abb7; --line: #2a3038; --paper: #0e1115; --card: #161a20;
+  --good: #4bd6a8;
+    --warn: #f0b849 }
 }
 * { box-sizing: border-box }
-body { margin: 0 auto; padding: 1rem; max-width: 72rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif }
-h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
-p.note { color: var(--soft); max-width: 60ch }
+body { margin: 0 auto; padding: 1.4rem 1.25rem 3rem; max-width: 72rem; background: var(--paper);
+  color: var(--ink);
+  font: 16px/1.55 Inter, system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
+  font-variant-numeric: tabular-nums }
+h1 { font-size: 1.35rem; letter-spacing: -.015em; margin: 0 0 1rem } h2 { font-size: 1.1rem;
+  margin: 2.2rem 0 .5rem }
+p.lead { font-size: 1.25rem; line-height: 1.4; max-width: 46ch; margin: 0 0 1.4rem; letter-spacing: -.01em;
+  font-weight: 500 }
+p.note { color: var(--soft); max-width: 75ch; white-space: pre-line; font-size: .94rem }
+p.warning { color: var(--warn); border: 1px solid; border-radius: 8px; padding: .6rem .9rem; max-width: 75ch }
+.tiles { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 12rem), 1fr)) }
+.tile { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .8rem 1rem }
+.tile span { display: block; color: var(--soft); font-size: .85rem }
+.tile b { display: block; font-size: 1.7rem; font-weight: 600; letter-spacing: -.025em; line-height: 1.3 }
 .scroll { overflow-x: auto }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper) }
+table { border-collapse: collapse; font-size: .92rem }
+th { color: var(--soft); font-weight: 500; vertical-align: bottom }
+th, td { padding: .38rem .8rem; border-bottom: 1px solid var(--line); text-align: right; white-space: pre }
+th:first-child, td:first-child { text-align: left; padding-left: 0; position: sticky; left: 0;
+  background: var(--paper) }
 td.best { color: var(--good); font-weight: 600 }
-.plots { display: grid; margin-top: 1.2rem; gap: 1.5rem 1rem;
+.plots { display: grid; margin-top: 1.6rem; gap: 1.8rem 1.5rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)) }
 figure { margin: 0; max-width: 44rem } figure svg { width: 100%; height: auto }
-figcaption { color: var(--soft); font-size: .9rem }
+figcaption { color: var(--soft); font-size: .9rem; margin-bottom: .3rem }
+@media (max-width: 40rem) {
+  body { padding: 1rem .9rem 2rem } p.lead { font-size: 1.1rem } .tiles { grid-template-columns: 1fr 1fr;
+  gap: .6rem }
+  .tile { padding: .6rem .8rem } .tile b { font-size: 1.4rem }
+  table { font-size: .8rem } th { white-space: normal } th, td { padding: .35rem .35rem }
+  th:last-child, td:last-child { padding-right: 0 }
+}
 """
 
 
@@ -42,7 +65,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[tuple[str, bool]]]) -> st
 def plots(figures: Iterable[tuple[str, str]]) -> str:
     """(caption, svg) pairs side by side where there is room."""
     inner = "".join(
-        f"<figure>{drawing}<figcaption>{escape(caption)}</figcaption></figure>"
+        f"<figure><figcaption>{escape(caption)}</figcaption>{drawing}</figure>"
         for caption, drawing in figures
     )
     return f'<div class="plots">{inner}</div>'
@@ -54,6 +77,25 @@ def heading(text: str) -> str:
 
 def note(text: str) -> str:
     return f'<p class="note">{escape(text)}</p>'
+
+
+def lead(text: str) -> str:
+    """The outcome, before anything else."""
+    return f'<p class="lead">{escape(text)}</p>'
+
+
+def warning(text: str) -> str:
+    return f'<p class="warning">{escape(text)}</p>'
+
+
+def tiles(items: Iterable[tuple[str, str, str]]) -> str:
+    """Figures at a glance: (name, value, what to compare it with)."""
+    inner = "".join(
+        f'<div class="tile"><span>{escape(name)}</span><b>{escape(value)}</b>'
+        f"<span>{escape(note)}</span></div>"
+        for name, value, note in items
+    )
+    return f'<div class="tiles">{inner}</div>'
 
 
 def page(title: str, parts: Iterable[str]) -> str:
