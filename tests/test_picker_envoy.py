@@ -5,11 +5,14 @@ from __future__ import annotations
 import http.client
 import json
 import signal
+import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -175,6 +178,43 @@ def test_clients_cannot_choose_the_endpoint(shared: LocalPool) -> None:
     """The header is the picker's: what a client writes there is overwritten."""
     status, _, _ = call(shared.url, PATH, chat(model="fake"), x_gateway_destination_endpoint="127.0.0.1:1")
     assert status == 200
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_one_command_starts_it_all_and_a_signal_ends_it(end: int) -> None:
+    """`kvist picker --local 2`: embedded engines, the picker, Envoy; the openai client streams through."""
+    openai = pytest.importorskip("openai")
+    command = [sys.executable, "-m", "kvist", "picker", "--local", "2", "--port", "0", "--drain-notice", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        url = line.split()[2]
+        children = _children(process.pid)
+        assert len(children) == 4
+        client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
+        model = client.models.list().data[0].id
+        pieces = client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": "hello " * 100}],
+            max_tokens=8,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        usage = [piece.usage for piece in pieces if piece.usage]
+        assert usage[-1].completion_tokens == 8
+        process.send_signal(end)
+        process.wait(30)
+        assert process.returncode == 0
+        assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(30)
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def test_a_killed_worker_is_routed_around() -> None:

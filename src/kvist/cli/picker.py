@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -186,6 +187,7 @@ def _run_local(workers: int, port: int, fail_open: bool, chosen: dict[str, Any])
     _need_extra()
     from kvist.demo.envoy import LocalPool
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # children must not outlive this process
     passed = []
     for name, value in chosen.items():
         if name in ("grpc_port", "grpc_health_port", "metrics_port", "host"):
@@ -202,8 +204,8 @@ def _run_local(workers: int, port: int, fail_open: bool, chosen: dict[str, Any])
         typer.echo(f"{workers} embedded engines: timing and caching are modelled, the text is filler")
         typer.echo(f"failure mode: {'open: round robin' if fail_open else 'closed: 503'}; Ctrl-C ends all")
         try:
-            while all(child.process.poll() is None for child in [pool.picker, *pool.engines] if child):
+            while (ended := pool.ended()) is None:
                 time.sleep(0.5)
         except KeyboardInterrupt:
             return
-        raise ValueError("a process of the local set-up ended: see its log above")
+        raise ValueError(f"{ended}: the others are stopped too")

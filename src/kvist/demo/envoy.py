@@ -75,8 +75,10 @@ class Envoy:
             if value:
                 return value
             time.sleep(0.05)
-        lines = self.log.read_text(errors="replace").splitlines()[-5:]
-        raise RuntimeError(f"envoy did not start: {' / '.join(lines) or 'no output'}")
+        raise RuntimeError(f"envoy did not start: {self.last_words()}")
+
+    def last_words(self) -> str:
+        return " / ".join(self.log.read_text(errors="replace").splitlines()[-5:]) or "no output"
 
     def _listening(self) -> str:
         try:
@@ -162,6 +164,15 @@ class LocalPool:
             if found:
                 return f"http://127.0.0.1:{found[1]}"
         raise RuntimeError("the picker did not say where its metrics are")
+
+    def ended(self) -> str | None:
+        """What ended by itself, in its last words; None while all run."""
+        for child in [self.picker, *self.engines]:
+            if child is not None and child.process.poll() is not None:
+                return f"{child.name} ended: {' / '.join(list(child.lines)[-2:]) or 'no output'}"
+        if self.envoy is not None and self.envoy.process.poll() is not None:
+            return f"envoy ended: {self.envoy.last_words()}"
+        return None
 
     def __enter__(self) -> LocalPool:
         return self
