@@ -22,7 +22,9 @@ pytest.importorskip("envoy.service.ext_proc.v3")
 
 from gateway_processes import Process, call, chat, fake, metric, wait_for
 
-from kvist.demo.envoy import LocalPool, binary
+from kvist.demo.envoy import Envoy, LocalPool, binary
+from kvist.picker.envoy import bootstrap
+from kvist.picker.protocol import place_of
 
 try:
     binary()
@@ -215,6 +217,35 @@ def test_one_command_starts_it_all_and_a_signal_ends_it(end: int) -> None:
 
 def _children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_the_data_plane_may_name_the_endpoints_to_choose_from(running: Any) -> None:
+    """The subset hint, which a filter of Envoy's own takes from a header here."""
+    started, processes = running
+    places = [place(worker) for worker in processes]
+    config = bootstrap(places, port=0, picker=f"127.0.0.1:{started.picker.port}", health_seconds=0.3)
+    chain = config["static_resources"]["listeners"][0]["filter_chains"][0]
+    to = {"metadata_namespace": "envoy.lb.subset_hint", "key": "x-gateway-destination-endpoint-subset"}
+    chain["filters"][0]["typed_config"]["http_filters"].insert(
+        0,
+        {
+            "name": "envoy.filters.http.header_to_metadata",
+            "typed_config": {
+                "@type": "type.googleapis.com/envoy.extensions.filters.http.header_to_metadata.v3.Config",
+                "request_rules": [{"header": "x-subset", "on_header_present": to}],
+            },
+        },
+    )
+    envoy = Envoy(config)
+    try:
+        for wanted in places * 2:
+            headers = {"x_subset": wanted, "x_kvist_explain": "1"}
+            wait_for(lambda: call(envoy.url, PATH, chat(model="fake"))[0] == 200)
+            status, _, found = call(envoy.url, PATH, chat(model="fake"), **headers)
+            assert (status, place_of(found["x-kvist-worker"])) == (200, wanted)
+        assert call(envoy.url, PATH, chat(model="fake"), x_subset="10.9.9.9:1")[0] == 503
+    finally:
+        envoy.stop()
 
 
 def test_a_killed_worker_is_routed_around() -> None:
