@@ -83,6 +83,7 @@ class RoutingPolicy(ABC):
     description: ClassVar[str]
     source: ClassVar[str]
     params: ClassVar[dict[str, str]] = {}
+    shortlist: int = 0  # more workers than this: only so many are scored (kvist.routing.shortlist); 0: all
     needs_index: ClassVar[bool] = True  # False: the router skips the prefix match; `cached` is then 0
 
     def __init__(self, *, rng: Random | None = None) -> None:

@@ -75,6 +75,7 @@ class LBGR(RoutingPolicy):
         "objective": "what is predicted: `latency` (end to end) or `ttft`",
         "forgetting": "weight of the past per observation (0.99)",
         "congestion": "weight of the price for delaying others (1.0); 0: as published",
+        "shortlist": "of more workers, so many are scored: longest prefixes, random others (64); 0: all",
     }
 
     def __init__(
@@ -83,6 +84,7 @@ class LBGR(RoutingPolicy):
         objective: str = "latency",
         forgetting: float = 0.99,
         congestion: float = 1.0,
+        shortlist: int = 64,
         rng: Random | None = None,
     ) -> None:
         super().__init__(rng=rng)
@@ -90,6 +92,9 @@ class LBGR(RoutingPolicy):
             raise ValueError(f"objective must be latency or ttft, not {objective!r}")
         if not 0 <= congestion < inf:
             raise ValueError(f"congestion must be at least 0, not {congestion}")
+        if shortlist < 0:
+            raise ValueError(f"shortlist must not be negative, not {shortlist}")
+        self.shortlist = shortlist
         self.objective = objective
         self.congestion = congestion
         self.forgetting = forgetting

@@ -12,6 +12,7 @@ from kvist.model import Query, WorkerState
 from kvist.prefix.base import PrefixKnowledge
 from kvist.prefix.index import PrefixIndex
 from kvist.routing.base import Candidate, Outcome, RoutingPolicy, Status, Ticket
+from kvist.routing.shortlist import shortlist
 
 
 class NoWorker(Exception):
@@ -87,6 +88,8 @@ class Router:
         policy = self.policy
         if policy.needs_index:
             cached = self.index.match(query, self._slots)
+            if 0 < policy.shortlist < len(candidates):
+                candidates = shortlist(candidates, cached, policy.shortlist, policy.rng)
             for candidate in candidates:
                 candidate.cached = min(cached[candidate.worker.slot], query.length)
         else:
