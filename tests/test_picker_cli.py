@@ -24,9 +24,10 @@ from kvist.picker.tls import server_context
         (["--endpoints", "1.2.3.4:5", "--pool-name", "x"], "exclude each other"),
         (["--endpoints", "1.2.3.4:5", "--local", "2"], "--local starts its own engines"),
         (["--endpoints", "1.2.3.4:5", "--policy", "nobody"], "unknown routing policy 'nobody'"),
-        (["--endpoints", "1.2.3.4:5", "--objective", "chat"], "must look like chat=10"),
+        (["--endpoints", "1.2.3.4:5", "--objective", "chat"], "must be NAME=VALUE"),
         (["--endpoints", "1.2.3.4:5", "--max-in-flight", "-1"], "max_in_flight must not be negative"),
         (["--pool-name", "x", "--envoy-config", "y"], "--envoy-config needs --endpoints"),
+        (["--endpoints", "1.2.3.4:5", "--objective", "chat=high"], "objectives"),
         (["--config", "/nowhere.toml"], "/nowhere.toml"),
         (
             ["--endpoints", "1.2.3.4:5", "--secure-serving", "--cert-path", "/nowhere"],
@@ -65,6 +66,9 @@ def test_settings_from_a_file_and_from_options(tmp_path: Path) -> None:
     settings = build({**load(path), "fallbacks": 1}, str(path))
     assert (settings.endpoints, settings.max_in_flight, settings.fallbacks) == (["10.0.0.1:8000"], 8, 1)
     assert settings.objectives == {"batch": -1}
+    path.write_text('[picker]\napi_keys = ["x"]\n')
+    with pytest.raises(ValueError, match="api_keys is a setting of kvist serve"):
+        build(load(path), str(path))
     path.write_text("[picker]\nendpoint = 1\n")
     with pytest.raises(ValueError, match="endpoint"):
         build(load(path), str(path))

@@ -29,6 +29,7 @@ class Pool:
             self.router.add_worker(url_of(place))
         self.down: set[str] = set()
         self.models: frozenset[str] = frozenset()
+        self.full = False
         self.told: list[tuple[str, str]] = []
 
     def allowed(self, model: str, now: float) -> Collection[str]:
@@ -36,6 +37,9 @@ class Pool:
 
     def serves(self, model: str) -> bool:
         return not self.models or model in self.models
+
+    def saturated(self, model: str, now: float) -> bool:
+        return self.full
 
     def sent(self, url: str, now: float) -> None:
         self.told.append(("sent", url))
@@ -219,6 +223,17 @@ def test_a_saturated_pool_sheds_the_sheddable_and_lets_the_others_wait() -> None
     for flight in (high, low):
         picker.end(flight, Status.OK, b"", 2.0)
     assert pool.at_rest() and picker.flow.active == picker.flow.waiting == 0
+
+
+def test_a_pool_that_says_it_has_enough_sheds_the_sheddable_only() -> None:
+    picker, pool = make(1, objectives={"batch": -1})
+    pool.full = True
+    assert ask(picker).places
+    with pytest.raises(Refused) as refused:
+        ask(picker, objective="batch")
+    assert refused.value.status == 429
+    pool.full = False
+    assert ask(picker, objective="batch").places
 
 
 def test_waiting_ends_with_429_or_with_the_client() -> None:

@@ -1,140 +1,93 @@
-"""`kvist picker`: the endpoint picker for Envoy and the Kubernetes Gateway API Inference Extension."""
+"""`kvist picker`: the endpoint picker for Envoy and the Kubernetes Gateway API Inference Extension.
+
+Its options are the fields of `kvist.picker.settings.PickerSettings`, and those of the local set-up.
+"""
 
 from __future__ import annotations
 
+import inspect
+import os
 import signal
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvist.cli.serve import SINGULAR, assignment, parameters
+
+if TYPE_CHECKING:
+    from kvist.picker.settings import PickerSettings
+
+OWN_PORTS = ("grpc_port", "grpc_health_port", "metrics_port", "host")  # the local set-up picks free ones
+
 
 def register(app: typer.Typer) -> None:
-    app.command()(picker)
+    from kvist.picker.settings import NOT_HERE, PickerSettings
+
+    own = inspect.signature(_own_options, eval_str=True).parameters.values()
+    command: Any = picker
+    command.__signature__ = inspect.Signature([*own, *parameters(PickerSettings, NOT_HERE)])
+    command.__annotations__ = {name: p.annotation for name, p in command.__signature__.parameters.items()}
+    app.command()(command)
 
 
-def picker(
-    endpoints: Annotated[list[str] | None, typer.Option(help="Endpoints, each ip:port.")] = None,
-    pool_name: Annotated[str | None, typer.Option(help="InferencePool to find endpoints by.")] = None,
-    pool_namespace: Annotated[
-        str | None, typer.Option(envvar=["KVIST_PICKER_POOL_NAMESPACE", "NAMESPACE"], help="[default].")
-    ] = None,
-    pool_group: Annotated[
-        str | None, typer.Option(help="API group of the pool [inference.networking.k8s.io].")
-    ] = None,
-    policy: Annotated[str | None, typer.Option(help="Routing policy [lbgr].")] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on [127.0.0.1].")] = None,
-    grpc_port: Annotated[int | None, typer.Option(help="Port of the ext_proc service [9002].")] = None,
-    grpc_health_port: Annotated[
-        int | None, typer.Option(help="Port of the health service alone [9003]; 0: none.")
-    ] = None,
-    metrics_port: Annotated[int | None, typer.Option(help="Port of /metrics and /workers [9090].")] = None,
-    secure_serving: Annotated[bool, typer.Option(help="TLS, as most gateways expect.")] = False,
-    cert_path: Annotated[
-        str | None, typer.Option(help="Folder with tls.crt and tls.key; without it self-signed.")
-    ] = None,
-    fallbacks: Annotated[int | None, typer.Option(help="Further endpoints to name [2].")] = None,
-    max_in_flight: Annotated[
-        int | None, typer.Option(help="Requests at one endpoint before the pool is saturated [no bound].")
-    ] = None,
-    queue_size: Annotated[int | None, typer.Option(help="Requests that may wait then [1024].")] = None,
-    queue_timeout: Annotated[float | None, typer.Option(help="Seconds they may wait [60].")] = None,
-    objective: Annotated[
-        list[str] | None,
-        typer.Option(help="NAME=PRIORITY; below 0: shed when saturated. In a pool also InferenceObjectives."),
-    ] = None,
-    max_payload_size: Annotated[int | None, typer.Option(help="Bytes of a request body [32 MiB].")] = None,
-    tokenizer: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Tokenizer files, PATH or MODEL=PATH: prompts become token ids, as in kvist serve."
-        ),
-    ] = None,
-    kv_events: Annotated[
-        list[str] | None, typer.Option(help="Follow KV events: a port, or tcp://{host}:{port+1000}.")
-    ] = None,
-    kv_events_replay: Annotated[list[str] | None, typer.Option(help="Where lost ones are replayed.")] = None,
-    cb_failure_threshold: Annotated[
-        int | None, typer.Option(help="Failures in a row that open an endpoint's circuit breaker [5].")
-    ] = None,
-    cb_timeout_duration: Annotated[float | None, typer.Option(help="Seconds it stays open [30].")] = None,
-    health_check_interval: Annotated[float | None, typer.Option(help="Seconds between checks [10].")] = None,
-    health_check_endpoint: Annotated[str | None, typer.Option(help="[/health].")] = None,
-    worker_api_key: Annotated[str | None, typer.Option(help="Key for the endpoints' /v1/models.")] = None,
-    drain_timeout: Annotated[
-        float | None, typer.Option(help="Seconds that streams get to end on SIGTERM [30].")
-    ] = None,
-    drain_notice: Annotated[
-        float | None, typer.Option(help="Seconds of it in which only the health check fails [3].")
-    ] = None,
-    snapshot: Annotated[str | None, typer.Option(help="File that keeps what was learned.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the policy.")] = 0,
+def _own_options(
+    *,
     local: Annotated[
         int | None,
         typer.Option(min=1, help="Start this many embedded engines and a real Envoy around the picker."),
     ] = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="With --local: Envoy's port.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Envoy's port, with --local.")] = 8000,
     fail_open: Annotated[
-        bool, typer.Option(help="With --local: Envoy goes on by round robin without a picker, else 503.")
+        bool, typer.Option(help="Without a picker Envoy goes on by round robin, else 503; with --local.")
     ] = False,
     envoy_config: Annotated[
         Path | None,
         typer.Option(help="Write Envoy's bootstrap for --endpoints and this picker to a file, and end."),
     ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="TOML file with any setting; options given here win.")
-    ] = None,
+) -> None:
+    """What is not a setting of the picker itself."""
+
+
+def picker(
+    local: int | None = None,
+    port: int = 8000,
+    fail_open: bool = False,
+    envoy_config: Path | None = None,
+    config: Path | None = None,
+    **given: Any,
 ) -> None:
     """Pick endpoints for Envoy: it moves the bytes, the policy decides."""
-    given: dict[str, Any] = {
-        "endpoints": [part for text in endpoints or [] for part in text.split(",") if part],
-        "pool_name": pool_name,
-        "pool_namespace": pool_namespace,
-        "pool_group": pool_group,
-        "policy": policy,
-        "host": host,
-        "grpc_port": grpc_port,
-        "grpc_health_port": grpc_health_port,
-        "metrics_port": metrics_port,
-        "secure_serving": secure_serving or None,
-        "cert_path": cert_path,
-        "fallbacks": fallbacks,
-        "max_in_flight": max_in_flight,
-        "queue_size": queue_size,
-        "queue_timeout": queue_timeout,
-        "objectives": _objectives(objective or []),
-        "max_payload_size": max_payload_size,
-        "tokenizer": tokenizer,
-        "kv_events": kv_events,
-        "kv_events_replay": kv_events_replay,
-        "cb_failure_threshold": cb_failure_threshold,
-        "cb_timeout_duration": cb_timeout_duration,
-        "health_check_interval": health_check_interval,
-        "health_check_endpoint": health_check_endpoint,
-        "worker_api_key": worker_api_key,
-        "drain_timeout": drain_timeout,
-        "drain_notice": drain_notice,
-        "snapshot": snapshot,
-        "seed": seed or None,
-    }
-    chosen = {name: value for name, value in given.items() if value is not None and value not in ([], {})}
+    plural = {single: name for name, single in SINGULAR.items()}
+    chosen = {plural.get(k, k): value for k, value in given.items() if value is not None and value != []}
+    for name in ("objectives", "policy_params"):
+        if name in chosen:
+            option = f"--{SINGULAR[name].replace('_', '-')}"
+            chosen[name] = dict(assignment(text, option) for text in chosen[name])
+    if "endpoints" in chosen:
+        chosen["endpoints"] = [part for text in chosen["endpoints"] for part in text.split(",") if part]
     from kvist.picker.settings import build, load
-
-    settings = build({**(load(config) if config else {}), **chosen}, str(config or "kvist picker"))
     from kvist.routing import make_policy
 
-    make_policy(settings.policy, **settings.policy_params)  # a wrong one shows before anything starts
+    values = {**(load(config) if config is not None else {}), **chosen}
+    if "NAMESPACE" in os.environ:
+        values.setdefault("pool_namespace", os.environ["NAMESPACE"])
+    settings = build(values, str(config or "kvist picker"))
+    make_policy(settings.policy, **settings.policy_arguments())  # a wrong one shows before anything starts
     if envoy_config is not None:
         _write_envoy(settings, envoy_config, port, fail_open)
-        return
-    if local is not None:
+    elif local is not None:
         if settings.endpoints or settings.pool_name:
             raise ValueError("--local starts its own engines: leave --endpoints and --pool-name out")
-        _run_local(local, port, fail_open, chosen)
-        return
-    if not settings.endpoints and not settings.pool_name:
+        _run_local(local, port, fail_open, settings.secure_serving, chosen, config)
+    elif settings.endpoints or settings.pool_name:
+        _run(settings)
+    else:
         raise ValueError("give --endpoints, --pool-name or --local: where else should requests go?")
+
+
+def _run(settings: PickerSettings) -> None:
     _need_extra()
     from kvist.picker.serve import run
 
@@ -153,18 +106,7 @@ def _need_extra() -> None:
             raise ValueError(f"{error}: pip install 'kvist[picker]'") from None
 
 
-def _objectives(given: list[str]) -> dict[str, int]:
-    found = {}
-    for text in given:
-        name, _, priority = text.partition("=")
-        try:
-            found[name] = int(priority)
-        except ValueError:
-            raise ValueError(f"--objective {text!r} must look like chat=10") from None
-    return found
-
-
-def _write_envoy(settings: Any, path: Path, port: int, fail_open: bool) -> None:
+def _write_envoy(settings: PickerSettings, path: Path, port: int, fail_open: bool) -> None:
     import msgspec
 
     from kvist.picker.envoy import bootstrap
@@ -183,22 +125,15 @@ def _write_envoy(settings: Any, path: Path, port: int, fail_open: bool) -> None:
     path.write_bytes(msgspec.json.format(msgspec.json.encode(data)) + b"\n")
 
 
-def _run_local(workers: int, port: int, fail_open: bool, chosen: dict[str, Any]) -> None:
+def _run_local(
+    workers: int, port: int, fail_open: bool, secure: bool, chosen: dict[str, Any], config: Path | None
+) -> None:
     _need_extra()
     from kvist.demo.envoy import LocalPool
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # children must not outlive this process
-    passed = []
-    for name, value in chosen.items():
-        if name in ("grpc_port", "grpc_health_port", "metrics_port", "host"):
-            continue
-        option = "--" + name.replace("_", "-")
-        if name == "objectives":
-            passed += [f"--objective={key}={priority}" for key, priority in value.items()]
-        else:
-            passed.append(option if value is True else f"{option}={value}")
     with LocalPool(
-        workers, port=port, picker=passed, fail_open=fail_open, secure=bool(chosen.get("secure_serving"))
+        workers, port=port, picker=_options(chosen, config), fail_open=fail_open, secure=secure
     ) as pool:
         typer.echo(f"Envoy on {pool.url} (OpenAI API), picker's metrics on {pool.picker_url}/metrics")
         typer.echo(f"{workers} embedded engines: timing and caching are modelled, the text is filler")
@@ -209,3 +144,23 @@ def _run_local(workers: int, port: int, fail_open: bool, chosen: dict[str, Any])
         except KeyboardInterrupt:
             return
         raise ValueError(f"{ended}: the others are stopped too")
+
+
+def _options(chosen: dict[str, Any], config: Path | None) -> list[str]:
+    """The command line that says the same."""
+    import json
+
+    found = [f"--config={config}"] if config is not None else []
+    for name, value in chosen.items():
+        option = "--" + SINGULAR.get(name, name).replace("_", "-")
+        if name in OWN_PORTS:
+            continue
+        if isinstance(value, dict):
+            found += [f"{option}={key}={json.dumps(item)}" for key, item in value.items()]
+        elif isinstance(value, list):
+            found += [f"{option}={item}" for item in value]
+        elif isinstance(value, bool):
+            found.append(option if value else f"--no-{option[2:]}")
+        else:
+            found.append(f"{option}={value}")
+    return found

@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import msgspec
 import typer
 
-SINGULAR = {"api_keys": "api_key", "allow_paths": "allow_path", "policy_params": "policy_param"}
+SINGULAR = {
+    "api_keys": "api_key",
+    "allow_paths": "allow_path",
+    "policy_params": "policy_param",
+    "objectives": "objective",
+}
 SECONDS = ("timeout", "interval", "duration")  # also known with -secs, as SGLang's router has them
 
 
@@ -21,16 +27,16 @@ def register(app: typer.Typer) -> None:
     from kvist.gateway.settings import Settings
 
     command: Any = serve
-    command.__signature__ = signature = inspect.Signature(_parameters(Settings))
+    command.__signature__ = signature = inspect.Signature(parameters(Settings))
     command.__annotations__ = {name: p.annotation for name, p in signature.parameters.items()}
     app.command()(command)
 
 
-def _parameters(settings: type[msgspec.Struct]) -> list[inspect.Parameter]:
+def parameters(settings: type[msgspec.Struct], without: Collection[str] = ()) -> list[inspect.Parameter]:
     """One keyword for each setting that has a description, and --config. None: not given."""
     found = []
     for field in msgspec.structs.fields(settings):
-        if get_origin(field.type) is not Annotated:
+        if get_origin(field.type) is not Annotated or field.name in without:
             continue
         kind, meta = get_args(field.type)
         name = SINGULAR.get(field.name, field.name)
@@ -60,7 +66,7 @@ def serve(config: Path | None = None, **given: Any) -> None:
     plural = {single: name for name, single in SINGULAR.items()}
     chosen = {plural.get(k, k): value for k, value in given.items() if value is not None and value != []}
     if "policy_params" in chosen:
-        chosen["policy_params"] = dict(map(_assignment, chosen["policy_params"]))
+        chosen["policy_params"] = dict(map(assignment, chosen["policy_params"]))
 
     def settings() -> Settings:
         base = load_settings(config) if config is not None else {}
@@ -80,11 +86,11 @@ def serve(config: Path | None = None, **given: Any) -> None:
         ) from None
 
 
-def _assignment(text: str) -> tuple[str, Any]:
+def assignment(text: str, option: str = "--policy-param") -> tuple[str, Any]:
     """NAME=VALUE; the value as JSON where it is that, else as text. Raises typer.BadParameter."""
     name, equals, value = text.partition("=")
     if not name or not equals:
-        raise typer.BadParameter(f"--policy-param: {text!r} must be NAME=VALUE")
+        raise typer.BadParameter(f"{option}: {text!r} must be NAME=VALUE")
     try:
         return name, json.loads(value)
     except json.JSONDecodeError:

@@ -17,9 +17,10 @@ _JSON = b"application/json"
 class Admin:
     """GET /metrics, /health and /workers."""
 
-    def __init__(self, picker: Picker, fleet: Any, services: Services) -> None:
+    def __init__(self, picker: Picker, fleet: Any, services: Services, sharing: Any = None) -> None:
         self.picker = picker
         self.services = services
+        self.sharing = sharing
         self.fleet = fleet
         self.connections = Connections(self.handle)
         self.collector = Collector(picker.metrics, self)

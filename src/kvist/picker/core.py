@@ -42,6 +42,9 @@ class Endpoints(Protocol):
     def serves(self, model: str) -> bool:
         """Whether any endpoint, well or not, may serve the model."""
 
+    def saturated(self, model: str, now: float) -> bool:
+        """Whether all endpoints for the model say themselves that they have enough."""
+
     def sent(self, url: str, now: float) -> None: ...
     def succeeded(self, url: str) -> None: ...
     def failed(self, url: str, now: float) -> None: ...
@@ -173,7 +176,8 @@ class Picker:
         if not self._choices(flight, now):
             raise Refused(503, "no endpoint is ready for this request", retry_after=1)
         self._bound(now)
-        if self.flow.enter():
+        shed = query.priority < 0 and self.endpoints.saturated(query.model, now)
+        if not shed and self.flow.enter():
             return
         if query.priority < 0:
             raise Refused(429, "the pool is saturated and this request may be shed", retry_after=1)

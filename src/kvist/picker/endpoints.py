@@ -19,7 +19,7 @@ class EndpointFleet(Fleet):
     settings: PickerSettings
 
     def __init__(self, settings: PickerSettings, log: Callable[..., None]) -> None:
-        policy = make_policy(settings.policy, rng=Random(settings.seed), **settings.policy_params)
+        policy = make_policy(settings.policy, rng=Random(settings.seed), **settings.policy_arguments())
         self.knowledge = Knowledge(settings, lambda: self.adapters(), log)
         super().__init__(settings, policy, self.knowledge.index, self.knowledge.subscriptions)
         self.log = log
@@ -40,6 +40,19 @@ class EndpointFleet(Fleet):
             elif self.workers[url].draining is ready:
                 self.drain(url, not ready)
                 self.log("endpoint ready" if ready else "endpoint not ready", endpoint=url)
+
+    def saturated(self, model: str, now: float) -> bool:
+        """Whether every endpoint for the model says itself that it has enough, as the reference picker reads
+        it: by requests that wait there, or by KV cache in use. Needs `metrics_interval`."""
+        settings = self.settings
+        for url in self.allowed(model, now):
+            report = self.workers[url].report
+            if report is None:
+                return False
+            waits = (report.waiting or 0) > settings.saturation_queue
+            if not waits and (report.kv_usage or 0.0) <= settings.saturation_kv:
+                return False
+        return True
 
     def close(self) -> None:
         super().close()

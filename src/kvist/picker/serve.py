@@ -13,6 +13,7 @@ from typing import Any
 
 from kvist.gateway import snapshot
 from kvist.gateway.serve import SWEEP_SECONDS, log_json
+from kvist.gateway.sharing.redis import over_redis
 from kvist.http.garbage import Garbage
 from kvist.http.server import Connection as HttpConnection
 from kvist.picker.admin import Admin
@@ -41,7 +42,8 @@ async def serve(
     if path is not None and snapshot.load(fleet.router.policy, path):
         log("restored", snapshot=str(path))
     services = Services(picker, log)
-    admin = Admin(picker, fleet, services)
+    sharing = over_redis(settings, fleet.router, log)
+    admin = Admin(picker, fleet, services, sharing)
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -53,6 +55,8 @@ async def serve(
         return int(servers[-1].sockets[0].getsockname()[1])
 
     tasks = [loop.create_task(_sweep(picker, fleet, admin, path, log))]
+    if sharing is not None:
+        tasks.append(loop.create_task(sharing.run()))
     try:
         port = await listen(services.protocol, settings.grpc_port, context)
         metrics = await listen(lambda: HttpConnection(admin.connections), settings.metrics_port)
