@@ -15,7 +15,7 @@ from kvist.model import TOKEN_BYTES
 from kvist.workloads import make_workload
 
 CEILING = "belady"
-SEEDED = frozenset({"rlt", "random-leaf", "hedge"})  # policies whose result depends on the seed
+SEEDED = frozenset({"rlt", "random-leaf", "hedge", "lhd"})  # policies whose result depends on the seed
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,13 +8,33 @@ from typing import Any
 from kvist.cache.base import EvictionPolicy
 from kvist.cache.belady import Belady
 from kvist.cache.cache import Inserted, Match, PrefixCache
+from kvist.cache.fifos import S3FIFO, Sieve
 from kvist.cache.hedge import Hedge
-from kvist.cache.recency import FIFO, SLRU, LeafLFU, LeafLRU
+from kvist.cache.lhd import LHD
+from kvist.cache.lpc import LPC
+from kvist.cache.marconi import Marconi
+from kvist.cache.recency import FIFO, LRUK, SLRU, LeafLFU, LeafLRU
 from kvist.cache.rlt import RLT, RandomLeaf
+from kvist.cache.tlru import TLRU
 
-EVICTIONS: dict[str, type[EvictionPolicy]] = {
-    policy.name: policy for policy in (LeafLRU, RLT, Hedge, LeafLFU, FIFO, SLRU, RandomLeaf, Belady)
-}
+_ALL: tuple[type[EvictionPolicy], ...] = (
+    LeafLRU,
+    RLT,
+    Hedge,
+    LeafLFU,
+    LRUK,
+    FIFO,
+    SLRU,
+    Sieve,
+    S3FIFO,
+    LHD,
+    LPC,
+    Marconi,
+    TLRU,
+    RandomLeaf,
+    Belady,
+)
+EVICTIONS: dict[str, type[EvictionPolicy]] = {policy.name: policy for policy in _ALL}
 
 
 def make_eviction(name: str, *, rng: Random | None = None, **params: Any) -> EvictionPolicy:

@@ -29,6 +29,10 @@ class PriorityPolicy(EvictionPolicy):
     def priority(self, node: Node) -> Any:
         """What to compare; the smallest leaves first."""
 
+    def portion(self, node: Node) -> int:
+        """How many blocks of a leaf may go before its priority has to be looked at again."""
+        return node.size
+
     def candidate(self, node: Node) -> None:
         self._live += 1
         self._push(node)
@@ -50,7 +54,7 @@ class PriorityPolicy(EvictionPolicy):
                 heappop(self._heap)  # it was used while it stayed a candidate
                 heappush(self._heap, (current, ticket, node))
             else:
-                taken = min(node.size, blocks - freed)
+                taken = min(self.portion(node), blocks - freed)
                 self.cache.trim(node, taken)
                 freed += taken
         return freed

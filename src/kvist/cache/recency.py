@@ -1,6 +1,8 @@
-"""Policies over when and how often a node was used: l-lru, fifo, l-lfu, slru."""
+"""Policies over when and how often a node was used: l-lru, fifo, l-lfu, slru, lru-k."""
 
 from __future__ import annotations
+
+from math import inf
 
 from kvist.cache.heap import PriorityPolicy
 from kvist.prefix.tree import Node
@@ -64,3 +66,36 @@ class SLRU(UsagePolicy):
 
     def priority(self, node: Node) -> tuple[bool, float]:
         return node.hits >= self.protect_after, node.last
+
+
+class LRUK(UsagePolicy):
+    """`node.state` holds the node's last k uses, the latest first; it goes when the node goes."""
+
+    name = "lru-k"
+    description = "Evict the leaf whose k-th last use is furthest back; fewer uses than k go first."
+    source = (
+        "O'Neil, O'Neil, Weikum, SIGMOD 1993. On a tree: leaves; the uses of evicted nodes are not retained, "
+        "every request is its own (no correlated reference period)"
+    )
+    params = {"k": "uses looked back (2)"}
+
+    def __init__(self, *, k: int = 2, **kwargs: object) -> None:
+        super().__init__(**kwargs)  # type: ignore[arg-type]
+        if k < 1:
+            raise ValueError(f"k must be at least 1, not {k}")
+        self.k = k
+
+    def hit(self, node: Node, now: float) -> None:
+        super().hit(node, now)
+        node.state = (now, *node.state[: self.k - 1])
+
+    def insert(self, node: Node, now: float) -> None:
+        super().insert(node, now)
+        node.state = (now,)
+
+    def split(self, upper: Node, lower: Node) -> None:
+        super().split(upper, lower)
+        upper.state = lower.state
+
+    def priority(self, node: Node) -> tuple[float, float]:
+        return (node.state[-1] if len(node.state) == self.k else -inf), node.last
