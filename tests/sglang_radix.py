@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from kvist.cache import EvictionPolicy, make_eviction
+from kvist.cache import make_eviction
 
 
 def _without_torchvision_kernels() -> None:
@@ -40,7 +40,7 @@ from sglang.srt.mem_cache.base_prefix_cache import (  # noqa: E402
 )
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams  # noqa: E402
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool  # noqa: E402
-from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey  # noqa: E402
+from sglang.srt.mem_cache.radix_cache import RadixKey  # noqa: E402
 
 from kvist.plugins.sglang.cache import KvistRadixCache  # noqa: E402
 
@@ -63,38 +63,30 @@ except RuntimeError:
     sglang_utils.get_native_hash = _hash_pages
 
 
-def make_cache(
-    slots: int,
-    page: int,
-    policy: EvictionPolicy | str | None,
-    *,
-    seed: int = 0,
-    events: bool = False,
-    eagle: bool = False,
-    rows: int = 0,
-    sglang_policy: str = "lru",
+def params(
+    slots: int, page: int, *, events: bool = False, eagle: bool = False, rows: int = 0, eviction: str = "lru"
 ) -> Any:
-    """A cache over a fresh allocator of `slots` KV slots; policy None: SGLang's own eviction."""
+    """SGLang's parameters of a cache over a fresh allocator of `slots` KV slots."""
     if page == 1:
         allocator = TokenToKVPoolAllocator(slots, torch.float16, "cpu", None, False)
     else:
         allocator = PagedTokenToKVPoolAllocator(slots, page, torch.float16, "cpu", None, False)
         allocator.debug_mode = True  # it then checks every free for pages freed twice
-    params = CacheInitParams(
+    return CacheInitParams(
         disable=False,
-        req_to_token_pool=ReqToTokenPool(rows, 512, "cpu", False) if rows else None,
+        req_to_token_pool=ReqToTokenPool(rows, 4096, "cpu", False) if rows else None,
         token_to_kv_pool_allocator=allocator,
         page_size=page,
         is_eagle=eagle,
-        eviction_policy=sglang_policy,
+        eviction_policy=eviction,
         enable_kv_cache_events=events,
         dynamo_kv_event_format=True,  # namespaces go into the hashes
     )
-    if policy is None:
-        return RadixCache(params)
-    if isinstance(policy, str):
-        policy = make_eviction(policy, rng=Random(seed))
-    return KvistRadixCache(params, policy)
+
+
+def make_cache(slots: int, page: int, policy: str, *, seed: int = 0, **options: Any) -> Any:
+    """The plugin's cache; `options` as in `params`."""
+    return KvistRadixCache(params(slots, page, **options), make_eviction(policy, rng=Random(seed)))
 
 
 def key_of(tokens: Prefix, extra: str | None = None) -> Any:
@@ -218,10 +210,8 @@ class Engine:
             cached += slots
         assert (cache.evictable_size(), cache.protected_size()) == (evictable, protected)
         assert set(cache.evictable_leaves) == leaves
-        if isinstance(cache, KvistRadixCache):
-            assert cache.host.tree.total == len(cached) // page
-            for node, _, _ in self.nodes():
-                assert node.size == len(node.key) // page
+        assert cache.host.tree.total == len(cached) // page
+        assert all(node.size == len(node.key) // page for node, _, _ in self.nodes())
         owned = [slot for run in self.running for slot in run.own.tolist()]
         pages = self.allocator.get_all_free_pages().tolist()
         free = [p * page + i for p in pages for i in range(page)] if page > 1 else pages

@@ -16,11 +16,58 @@ from typing import Any
 
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import EvictResult, MatchPrefixParams
-from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
+from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
 from sglang.srt.mem_cache.utils import split_node_hash_value
 
 from kvist.cache import EvictionPolicy
 from kvist.plugins.sglang.host import Leaves, PolicyHost, adopt
+
+
+class CutNode(TreeNode):
+    """A node that may have lost tokens at its end: key and value are cut to `end` when they are next read.
+
+    An eviction touches many leaves for a token or two each, and most are cut again before anybody reads them.
+    """
+
+    whole_key: Any
+    whole_value: Any
+    end: int  # tokens of `whole_key` and `whole_value` that are left
+    stale: bool
+
+    @property
+    def key(self) -> Any:
+        if self.stale:
+            self._cut()
+        return self.whole_key
+
+    @key.setter
+    def key(self, key: Any) -> None:
+        self.whole_key = key
+
+    @property
+    def value(self) -> Any:
+        if self.stale:
+            self._cut()
+        return self.whole_value
+
+    @value.setter
+    def value(self, value: Any) -> None:
+        self.whole_value = value
+
+    def _cut(self) -> None:
+        self.stale, at = False, self.end
+        key, value = self.whole_key, self.whole_value
+        if 2 * at <= len(key.token_ids):  # give the memory back too: amortised over what was evicted
+            self.key, self.value = key[:at], None if value is None else value[:at].clone()
+            return
+        self.key = RadixKey(
+            key.token_ids,
+            extra_key=key.extra_key,
+            is_bigram=key.is_bigram,
+            limit=at + key.is_bigram,
+            cache_salt=key.cache_salt,
+        )
+        self.value = None if value is None else value[:at]
 
 
 class KvistRadixCache(RadixCache):
@@ -35,6 +82,7 @@ class KvistRadixCache(RadixCache):
         self._arrived: Any = None
         self._freed: list[torch.Tensor] = []
         super().__init__(params)
+        self._events = self.kv_events.enabled
 
     def reset(self) -> None:
         self.evictable_leaves = Leaves(self.policy, self._arrive)
@@ -120,48 +168,48 @@ class KvistRadixCache(RadixCache):
     def _arrive(self, node: Any) -> None:
         """SGLang made a leaf: the nodes above it were used, then it came."""
         self._touch(node.parent)
-        adopt(node, len(node.key) // self.page_size)
+        self._adopt(node, len(node.key))
         self._arrived = node
         self.host.tree.total += node.size
         self.policy.insert(node, self._now)
 
     def _split_node(self, key: Any, child: Any, split_len: int) -> Any:
         upper = super()._split_node(key, child, split_len)
-        adopt(upper, split_len // self.page_size)
+        self._adopt(upper, split_len)
         child.size -= upper.size
+        child.end -= split_len
         self.policy.split(upper, child)
         return upper
 
+    def _adopt(self, node: Any, tokens: int) -> None:
+        fields = vars(node)
+        fields["whole_key"], fields["whole_value"] = fields.pop("key"), fields.pop("value")
+        adopt(node, tokens // self.page_size)
+        node.end, node.stale, node.__class__ = tokens, False, CutNode
+
     def _shrink(self, node: Any, keep: int) -> None:
         """Give back the slots of a leaf behind its first `keep` pages, and say so in KV events."""
-        at, key = keep * self.page_size, node.key
-        if at == len(key) or node.value is None:
+        at, end, value = keep * self.page_size, node.end, node.whole_value
+        if at == end or value is None:
             return
-        self._freed.append(node.value[at:])
-        if at == 0:
-            self.kv_events.record_remove(node)
-            node.value = None  # `evicted`, in SGLang's terms; `_drop` unlinks it
-            return
-        if self.kv_events.enabled:
-            tail = copy.copy(node)
-            tail.key = key[at:]
-            node.hash_value, tail.hash_value = split_node_hash_value(node.hash_value, at, self.page_size)
-            node.event_hash_value, tail.event_hash_value = split_node_hash_value(
-                node.event_hash_value, at, self.page_size
-            )
-            self.kv_events.record_remove(tail)
-        self.evictable_size_ -= len(key) - at
-        if 2 * at <= len(key.token_ids):  # give the memory back too: amortised over what was evicted
-            node.key, node.value = key[:at], node.value[:at].clone()
+        self._freed.append(value[at:end])
+        if self._events:
+            self._announce(node, at)
+        if at:
+            node.end, node.stale = at, True
+            self.evictable_size_ -= end - at
         else:
-            node.key = RadixKey(
-                key.token_ids,
-                extra_key=key.extra_key,
-                is_bigram=key.is_bigram,
-                limit=at + key.is_bigram,
-                cache_salt=key.cache_salt,
-            )
-            node.value = node.value[:at]
+            node.value = None  # `evicted`, in SGLang's terms; `_drop` unlinks it
+
+    def _announce(self, node: Any, at: int) -> None:
+        """Record that the pages behind `at` tokens are removed, and drop their hashes."""
+        tail = copy.copy(node)
+        tail.key = node.key[at:]
+        node.hash_value, tail.hash_value = split_node_hash_value(node.hash_value, at, self.page_size)
+        node.event_hash_value, tail.event_hash_value = split_node_hash_value(
+            node.event_hash_value, at, self.page_size
+        )
+        self.kv_events.record_remove(tail)
 
     def _drop(self, node: Any) -> None:
         """Unlink a leaf that has no page left; its parent may become a leaf."""

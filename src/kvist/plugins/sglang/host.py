@@ -80,7 +80,7 @@ class PolicyHost(PrefixCache):
             max(capacity, block_size), eviction, block_size=block_size, unit=1, on_event=_unheard
         )
         self.tree.drop = drop
-        self._shrink = shrink
+        self.removed = shrink  # type: ignore[assignment, method-assign]  # hot: once a leaf cut
 
     def trim(self, node: Node, blocks: int) -> None:
         node.size -= blocks
@@ -88,6 +88,3 @@ class PolicyHost(PrefixCache):
         self.removed(node, node.size)
         if not node.size:
             self.tree.unlink(node)
-
-    def removed(self, node: Node, keep: int) -> None:
-        self._shrink(node, keep)
