@@ -9,10 +9,15 @@ import inspect
 import json
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 import msgspec
 import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvist.gateway.settings import Settings
 
 SINGULAR = {
     "api_keys": "api_key",
@@ -61,7 +66,7 @@ def _keyword(name: str, annotation: Any) -> inspect.Parameter:
 
 def serve(config: Path | None = None, **given: Any) -> None:
     """Route OpenAI traffic to a fleet of workers."""
-    from kvist.gateway.settings import Settings, build, load_settings
+    from kvist.gateway.settings import build, load_settings
 
     plural = {single: name for name, single in SINGULAR.items()}
     chosen = {plural.get(k, k): value for k, value in given.items() if value is not None and value != []}
@@ -73,16 +78,34 @@ def serve(config: Path | None = None, **given: Any) -> None:
         return build({**base, **chosen}, str(config or "kvist serve"))
 
     first = settings()
-    from kvist.gateway.serve import run
     from kvist.routing import make_policy
 
     make_policy(first.policy, **first.policy_arguments())  # a wrong one shows before anything starts
+    if not first.embedded:
+        _run(first, settings)
+        return
+    from kvist.cli.embedded import engines
+
+    with engines(first) as started:
+        about = "timing and caching are modelled, the text is filler"
+        typer.echo(f"{first.embedded} embedded engines, models of {first.profile}: {about}", err=True)
+
+        def with_engines() -> Settings:
+            given = settings()
+            return msgspec.structs.replace(given, workers=[*given.workers, *started])
+
+        _run(with_engines(), with_engines)
+
+
+def _run(settings: Settings, reload: Callable[[], Settings]) -> None:
+    from kvist.gateway.serve import run
+
     try:
-        run(first, settings)
+        run(settings, reload)
     except OSError as error:
         reason = error.strerror or error
         raise ValueError(
-            f"cannot listen on {first.host}:{first.port}: {reason}: choose another --port"
+            f"cannot listen on {settings.host}:{settings.port}: {reason}: choose another --port"
         ) from None
 
 

@@ -27,6 +27,7 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,  # Ctrl-C is the parent's: it ends its children in order
         )
         threading.Thread(target=self._read, daemon=True).start()
 
