@@ -8,13 +8,15 @@ from collections.abc import Callable
 from functools import partial
 from random import Random
 from typing import Any
+from urllib.parse import unquote
+from uuid import uuid4
 
 import msgspec
 
 from kvist.gateway import dashboard
 from kvist.gateway.admission import Admission, RateLimits
 from kvist.gateway.auth import Keys
-from kvist.gateway.exchange import JSON, Exchange
+from kvist.gateway.exchange import JSON, REQUEST_ID, Exchange, request_names
 from kvist.gateway.fleet import Fleet
 from kvist.gateway.history import History, described
 from kvist.gateway.knowledge.knowledge import Knowledge
@@ -22,8 +24,11 @@ from kvist.gateway.metrics import Collector, Metrics, exposition
 from kvist.gateway.prompt import BadBody, parse, to_query
 from kvist.gateway.settings import ROUTED, Settings, WorkerSpec
 from kvist.gateway.sharing.redis import over_redis
+from kvist.gateway.tracing import Tracing
 from kvist.http.server import Connection, Connections, Limits, Request, error_body
 from kvist.routing import ROUTERS, Outcome, Ticket, make_policy
+
+MODEL_PATH = "/v1/models/"  # and a model's name, which may have slashes
 
 
 class Gateway:
@@ -48,6 +53,7 @@ class Gateway:
             settings.max_concurrent_requests, settings.queue_size, settings.queue_timeout
         )
         self.limits = RateLimits(settings.rate_limit, settings.rate_burst)
+        self.tracing = Tracing(settings.otlp_traces_endpoint) if settings.otlp_traces_endpoint else None
         self.metrics = Metrics()
         self.collector = Collector(self.metrics, self)
         self.history = History(self)
@@ -63,7 +69,7 @@ class Gateway:
         self._pages: dict[tuple[bytes, str], Callable[[Connection], None]] = {
             (b"GET", "/health"): self._health,
             (b"GET", "/v1/models"): self._models,
-            (b"GET", "/metrics"): self._metrics,
+            (b"GET", "/metrics"): self.respond_metrics,
             (b"GET", "/dashboard/data"): self._dashboard_data,
             (b"GET", "/workers"): self._workers,
         }
@@ -91,6 +97,8 @@ class Gateway:
             self._administer(request, client)
             return
         page = self._pages.get((request.method, path))
+        if page is None and request.method == b"GET" and path.startswith(MODEL_PATH):
+            page = partial(self._model, name=unquote(path.removeprefix(MODEL_PATH)))
         if page is None:
             known = kind is not None or path == "/dashboard" or any(path == other for _, other in self._pages)
             status, message = (405, "method not allowed") if known else (404, f"no such path: {path}")
@@ -119,6 +127,8 @@ class Gateway:
             text = f"The model `{query.model}` does not exist."
             client.respond(404, error_body(404, text, "model_not_found"), kind=JSON)
             return
+        if self.settings.log_requests and request.header(REQUEST_ID) is None:
+            request.headers.append((REQUEST_ID, uuid4().hex.encode()))
         exchange = Exchange(self, client, request, query, bool(body.stream))
         if self.tokens is not None:
             exchange.prepare = partial(self.tokens.prepare, query, kind, body, request.body)
@@ -159,9 +169,15 @@ class Gateway:
         now = self.now()
         self.history.ended(ticket, outcome, exchange.request.path, now)
         if self.settings.log_requests:
-            request_id = exchange.request.header(b"x-request-id") or b""
             entry = described(exchange.request.path, ticket, outcome, now)
-            self.log("request", request_id=request_id.decode("latin-1"), **entry)
+            self.log("request", **request_names(exchange.request), **entry)
+        if self.tracing is not None and exchange.span is not None:
+            self.tracing.tried(exchange.span, ticket, outcome)
+
+    def left(self, exchange: Exchange) -> None:
+        """A traced request is over."""
+        if self.tracing is not None:
+            self.tracing.end(exchange.span, exchange.status)
 
     # Pages
     def _json(self, client: Connection, data: Any, status: int = 200) -> None:
@@ -175,7 +191,15 @@ class Gateway:
     def _models(self, client: Connection) -> None:
         self._json(client, {"object": "list", "data": self.fleet.models()})
 
-    def _metrics(self, client: Connection) -> None:
+    def _model(self, client: Connection, name: str) -> None:
+        found = next((model for model in self.fleet.models() if model["id"] == name), None)
+        if found is None:
+            text = f"The model `{name}` does not exist."
+            client.respond(404, error_body(404, text, "model_not_found"), kind=JSON)
+        else:
+            self._json(client, found)
+
+    def respond_metrics(self, client: Connection) -> None:
         client.respond(200, exposition(self.collector), kind=b"text/plain; version=0.0.4; charset=utf-8")
 
     def _dashboard(self, client: Connection) -> None:
@@ -210,8 +234,6 @@ class Gateway:
             self.fleet.add(spec, self.now())
             self._json(client, {"added": spec.url}, 201)
         elif action == (b"DELETE", "workers"):
-            from urllib.parse import unquote
-
             rest = unquote(request.path.removeprefix("/workers").lstrip("/"))
             url = rest or _text(request.body, "url")
             self.fleet.remove(url.rstrip("/"), self.now())

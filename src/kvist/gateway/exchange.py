@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvist.gateway.admission import Waiting
 from kvist.gateway.fleet import Worker
@@ -31,6 +31,7 @@ HOP = frozenset(
 )
 DROPPED = HOP | {b"host", b"content-length", b"transfer-encoding", b"expect", b"authorization"}
 JSON = b"application/json"
+REQUEST_ID = b"x-request-id"
 _TAIL = 1024  # bytes at the end of an answer in which `usage` is looked for
 _USAGE = re.compile(
     rb'"(prompt_tokens|completion_tokens|cached_tokens|input_tokens|output_tokens)"\s*:\s*(\d+)'
@@ -53,6 +54,7 @@ class Exchange:
         "prepare",
         "query",
         "request",
+        "span",
         "started",
         "state_deadline",
         "status",
@@ -88,6 +90,7 @@ class Exchange:
         self._client_paused = False
         self.prepare: Callable[[Callable[[bool], None]], None] | None = None  # makes token ids of the query
         self.tokenised = False
+        self.span: Any = None  # of the trace, where there is one
         client.owner = self
 
     # Sending
@@ -95,6 +98,8 @@ class Exchange:
         """A place was free (or became so): route and send."""
         self.entry = None
         self.gateway.active.add(self)
+        if self.gateway.tracing is not None:
+            self.span = self.gateway.tracing.begin(self, self.gateway.now())
         if self.prepare is None:
             self._dispatch()
         else:
@@ -171,6 +176,8 @@ class Exchange:
             predicted = self.ticket.decision.predicted
             if predicted is not None:
                 out.append((b"x-kvist-predicted-latency", b"%.6f" % predicted))
+        if self.gateway.settings.log_requests and not any(name == REQUEST_ID for name, _ in out):
+            out.append((REQUEST_ID, self.request.header(REQUEST_ID) or b""))
         self.client.start(status, out, body)
         if body:
             self._saw(body)
@@ -235,7 +242,7 @@ class Exchange:
         self._tried = tried
         worker.breaker.failed(now)
         gateway.metrics.worker(worker.id).retries += 1
-        gateway.log("retry", worker=worker.id, reason=reason)
+        gateway.log("retry", worker=worker.id, reason=reason, **request_names(self.request))
         self._drop_upstream()
         self._settle(Status.FAILED)
         self._dispatch()
@@ -307,6 +314,7 @@ class Exchange:
         self.gateway.refuse(self.client, 503, "the queue is full: try again later", retry_after=2)
 
     def _answer_error(self, status: int, message: str, retry_after: int = 0) -> None:
+        self.status = status
         self._settle(Status.FAILED)
         self._leave()
         if retry_after:
@@ -364,4 +372,15 @@ class Exchange:
         gateway = self.gateway
         if self in gateway.active:
             gateway.active.discard(self)
+            if self.span is not None:
+                gateway.left(self)
             gateway.admission.leave()
+
+
+def request_names(request: Request) -> dict[str, str]:
+    """For the log: the request's id, and its trace's where it has one."""
+    found = {"request_id": (request.header(REQUEST_ID) or b"").decode("latin-1")}
+    parent = request.header(b"traceparent")
+    if parent is not None:
+        found["trace_id"] = parent[3:35].decode("latin-1")
+    return found

@@ -18,6 +18,7 @@ from kvist.gateway.app import Gateway
 from kvist.gateway.auth import Keys
 from kvist.gateway.discovery.discovery import Discovery
 from kvist.gateway.discovery.membership import Membership
+from kvist.gateway.exporter import Exporter
 from kvist.gateway.settings import Settings
 from kvist.http.garbage import Garbage
 from kvist.http.server import Connection
@@ -47,6 +48,9 @@ async def serve(
         log("restored", snapshot=str(path))
     discovery = Discovery(Membership(gateway.fleet, gateway.now, log), log)
     discovery.apply(settings, strict=True)
+    own, workers = gateway.knowledge.own, gateway.fleet.router.workers
+    if path is not None and settings.snapshot_index and snapshot.load_index(own, workers, path):
+        log("restored", index=str(snapshot.index_file(path)))
     loop = asyncio.get_running_loop()
     server = await loop.create_server(
         lambda: Connection(gateway.connections),
@@ -62,11 +66,14 @@ async def serve(
         loop.add_signal_handler(signal.SIGHUP, _reload, gateway, discovery, reload, log)
     port = server.sockets[0].getsockname()[1]
     log("listening", host=settings.host, port=port, workers=len(gateway.fleet.workers), open=_open(settings))
+    exporter = Exporter(gateway)
+    if settings.prometheus_port:
+        await exporter.start()
     discovery.follow_names(settings)
     if settings.service_discovery:
         await discovery.follow_pods(settings)
     ready(port)
-    beside = [loop.create_task(_sweep(gateway, path, log))]
+    beside = [loop.create_task(_sweep(gateway, exporter, path, log))]
     if gateway.sharing is not None:
         beside.append(loop.create_task(gateway.sharing.run()))
     await stop.wait()
@@ -77,9 +84,14 @@ async def serve(
             await task
     if path is not None:
         snapshot.save(gateway.fleet.router.policy, path)
+        if settings.snapshot_index:
+            snapshot.save_index(own, gateway.fleet.router.workers, path)
     discovery.close()
+    exporter.close()
     gateway.fleet.close()
     gateway.knowledge.close()
+    if gateway.tracing is not None:
+        gateway.tracing.close()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.remove_signal_handler(number)
 
@@ -102,12 +114,13 @@ def _tls(settings: Settings) -> ssl.SSLContext | None:
     return context
 
 
-async def _sweep(gateway: Gateway, path: Path | None, log: Callable[..., None]) -> None:
+async def _sweep(gateway: Gateway, exporter: Exporter, path: Path | None, log: Callable[..., None]) -> None:
     saved = gateway.now()
     garbage = Garbage(saved)
     while True:
         await asyncio.sleep(SWEEP_SECONDS)
         gateway.sweep()
+        exporter.connections.sweep(gateway.now())
         garbage.sweep(gateway.now(), idle=not gateway.admission.active)
         if path is not None and gateway.now() - saved > gateway.settings.snapshot_interval:
             saved = gateway.now()

@@ -12,7 +12,8 @@ leaves go first, as an engine's would; an edge that nobody holds is freed.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from kvist.model import TOKEN_BYTES, Query
 from kvist.prefix.tree import Node, RadixTree, Walk
@@ -178,6 +179,51 @@ class PrefixIndex:
         if not node.state:  # nobody holds it, so nobody holds what is below: it is a leaf
             self.tree.total -= node.size
             self.tree.unlink(node)
+
+    def snapshot(self, names: Mapping[int, str]) -> dict[str, object]:
+        """What the workers in `names` (slot -> name) hold, in their order of use, as plain data."""
+        numbers: dict[Node, int] = {}
+        nodes: list[tuple[int, bytes, bytes]] = []  # parent, salt, blocks; parents first
+        stack = list(self.tree.root.children.values())
+        while stack:
+            node = stack.pop()
+            at_root = node.parent is self.tree.root
+            above = -1 if at_root or node.parent is None else numbers[node.parent]
+            salt = node.first[: -self.tree.stride] if at_root else b""
+            numbers[node] = len(nodes)
+            nodes.append((above, salt, node.key[: node.size * self.tree.stride]))
+            stack.extend(node.children.values())
+        held = {name: [numbers[node] for node in self._lru[slot]] for slot, name in names.items()}
+        return {"stride": self.tree.stride, "nodes": nodes, "held": held}
+
+    def restore(self, state: dict[str, Any], slots: Mapping[str, int]) -> None:
+        """Take back a snapshot, into an empty index, of those workers (name -> slot) that are here again.
+
+        Raises ValueError if it does not fit.
+        """
+        stride = self.tree.stride
+        if state["stride"] != stride or self.tree.total:
+            raise ValueError(f"made for blocks of {state['stride']} bytes, not {stride}")
+        orders = {slots[name]: order for name, order in state["held"].items() if name in slots}
+        masks = [0] * len(state["nodes"])
+        for slot, order in orders.items():
+            for number in order:
+                masks[number] |= 1 << slot
+        made: list[Node] = []
+        for (above, salt, key), mask in zip(state["nodes"], masks, strict=True):
+            parent = self.tree.root if above < 0 else made[above]
+            if not mask:
+                made.append(self.tree.root)  # nobody who is here holds it, nor what is below
+                continue
+            if not key or len(key) % stride or (above >= 0 and mask & ~parent.state):
+                raise ValueError("the nodes do not fit together")
+            node = self.tree.append(parent, key, 0, len(key), salt)
+            node.state = mask
+            made.append(node)
+        for slot, order in orders.items():
+            for number in order:
+                self._lru[slot][made[number]] = None
+                self._held[slot] += made[number].size
 
     # The tree's observer.
     def split(self, upper: Node, lower: Node) -> None:

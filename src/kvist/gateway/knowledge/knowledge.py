@@ -21,7 +21,10 @@ EXPECTED_PROMPTS = 256  # of a worker, between their routing and the engine's wo
 
 
 class Knowledge:
-    """`index` for the router; `tokens` and `subscriptions` are None where not asked for."""
+    """`index` for the router, `own` the part of it that rests on decisions alone.
+
+    `tokens` and `subscriptions` are None where the settings do not ask for them.
+    """
 
     def __init__(
         self, settings: Settings, adapters: Callable[[], Collection[str]], log: Callable[..., None]
@@ -29,17 +32,18 @@ class Knowledge:
         self.tokens: Tokens | None = None
         self.subscriptions: Subscriptions | None = None
         if not settings.tokenizer:
-            self.index: PrefixKnowledge = PrefixIndex(
+            self.own = PrefixIndex(
                 unit=1, block_size=TEXT_BLOCK, units_per_token=BYTES_PER_TOKEN, budget=settings.index_tokens
             )
+            self.index: PrefixKnowledge = self.own
             return
         self.tokens = Tokens(settings.tokenizer, adapters)
-        own = PrefixIndex(unit=TOKEN_BYTES, block_size=TOKEN_BLOCK, budget=settings.index_tokens)
-        self.index = own
+        self.own = PrefixIndex(unit=TOKEN_BYTES, block_size=TOKEN_BLOCK, budget=settings.index_tokens)
+        self.index = self.own
         if settings.follows_events:
             events = EventIndex(expect=EXPECTED_PROMPTS)
             feeds: dict[int, list[Feed]] = {}
-            self.index = believed = BelievedIndex(own, events, feeds)
+            self.index = believed = BelievedIndex(self.own, events, feeds)
             self.subscriptions = Subscriptions(
                 events, feeds, topic=settings.kv_events_topic, restarted=believed.restarted, log=log
             )
