@@ -59,6 +59,9 @@ async def serve(
         ssl=_tls(settings),
         backlog=4096,
     )
+    exporter = Exporter(gateway)
+    if settings.prometheus_port:
+        await exporter.start()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
@@ -66,9 +69,6 @@ async def serve(
         loop.add_signal_handler(signal.SIGHUP, _reload, gateway, discovery, reload, log)
     port = server.sockets[0].getsockname()[1]
     log("listening", host=settings.host, port=port, workers=len(gateway.fleet.workers), open=_open(settings))
-    exporter = Exporter(gateway)
-    if settings.prometheus_port:
-        await exporter.start()
     discovery.follow_names(settings)
     if settings.service_discovery:
         await discovery.follow_pods(settings)
