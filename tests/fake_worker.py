@@ -1,7 +1,8 @@
 """A minimal OpenAI-like worker for tests and benchmarks: `python fake_worker.py PORT [mode]`.
 
 Modes: ok; hang (accepts, never answers); garbage (answers no HTTP); cut (closes amid a chunked answer);
-error (500); slow (streams a piece every 50 ms, without end); flood (streams as fast as it is read).
+error (500); busy (503 with Retry-After); slow (streams a piece every 50 ms, without end); flood (streams as
+fast as it is read); steady (streams 4 pieces in 8 ms); close (closes without a word).
 A `POST /mode` with a mode switches at run time.
 """
 
@@ -104,10 +105,26 @@ class Worker(asyncio.Protocol):
             self.transport.close()
         elif mode == "error":
             self.transport.write(plain(b'{"error":{"message":"broken"}}', b"500 Internal Server Error"))
+        elif mode == "busy":
+            busy = plain(b'{"error":{"message":"full"}}', b"503 Service Unavailable")
+            self.transport.write(busy.replace(b"\r\n", b"\r\nretry-after: 1\r\n", 1))
+        elif mode == "close":
+            self.transport.close()
+        elif mode == "steady":
+            self.transport.write(HEAD + chunk(PIECE))
+            self.later(3)
         elif mode == "slow":
             asyncio.get_running_loop().create_task(self.stream())
         elif mode == "flood":
             asyncio.get_running_loop().create_task(self.flood())
+
+    def later(self, left: int) -> None:
+        if self.closed:
+            return
+        loop = asyncio.get_running_loop()
+        if left:
+            loop.call_later(0.002, self.later, left - 1)
+        self.transport.write(chunk(PIECE) if left else chunk(END) + b"0\r\n\r\n")
 
     def pause_writing(self) -> None:
         self.readable.clear()

@@ -12,7 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,10 @@ class Process:
                 self.process.kill()
                 self.process.wait()
 
+    def files(self) -> int:
+        """Open file descriptors."""
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
     def rss(self) -> int:
         """Resident memory in bytes."""
         text = Path(f"/proc/{self.process.pid}/status").read_text()
@@ -81,9 +85,22 @@ def gateway(workers: list[Process], *options: str) -> Process:
 @contextmanager
 def running(workers: list[Process], *options: str) -> Iterator[Process]:
     """A gateway in front of workers; everything is stopped at the end."""
+    with _running(lambda: gateway(workers, *options), workers) as process:
+        yield process
+
+
+@contextmanager
+def running_without_urls(workers: list[Process], *options: str) -> Iterator[Process]:
+    """As `running`, but the options name the workers."""
+    with _running(lambda: gateway([], *options), workers) as process:
+        yield process
+
+
+@contextmanager
+def _running(start: Callable[[], Process], workers: list[Process]) -> Iterator[Process]:
     started: list[Process] = []
     try:
-        started.append(gateway(workers, *options))
+        started.append(start())
         wait_for(lambda: call(started[0].url, "/health")[0] == 200)
         yield started[0]
     finally:
@@ -128,6 +145,13 @@ def at_rest(url: str) -> bool:
         worker["in_flight"] == 0 and worker["pending_prefill"] == 0 and worker["load"] == 0
         for worker in data["workers"]
     )
+
+
+def nothing_left(process: Process) -> None:
+    """Wait until nothing is reserved, waiting or open but kept connections to living workers."""
+    wait_for(lambda: at_rest(process.url))
+    wait_for(lambda: metric(process.url, "kvist_client_connections") == 1)  # the one that asks
+    assert metric(process.url, "kvist_active_requests") == metric(process.url, "kvist_queued_requests") == 0
 
 
 def metric(url: str, name: str, **labels: str) -> float:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import socket
+import time
 import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,7 +14,7 @@ import pytest
 
 from kvist.http.client import Fetch, Pool, UpstreamConnection, fetch
 from kvist.http.garbage import TOO_MANY, WORTH_IT, Garbage
-from kvist.http.server import Connection, Connections, Request
+from kvist.http.server import Connection, Connections, Limits, Request
 
 KEPT = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"  # says nothing of closing, whatever was asked
 
@@ -162,3 +164,29 @@ def test_collections_wait_for_an_idle_moment() -> None:
         gc.unfreeze()
         gc.enable()
         gc.set_threshold(*thresholds)
+
+
+def test_an_answer_that_is_never_read_to_its_end_is_cut() -> None:
+    """It is complete on this side, no request is open: closing alone would wait for the reader for ever."""
+
+    def large(request: Request, client: Connection) -> None:
+        client.respond(200, b"x" * (64 << 20), kind=b"text/plain")
+
+    async def check() -> None:
+        limits = Limits(idle_seconds=0.2, body_seconds=0.4)
+        connections = Connections(large, limits)
+        server = await asyncio.get_running_loop().create_server(
+            lambda: Connection(connections), "127.0.0.1", 0
+        )
+        with socket.create_connection(server.sockets[0].getsockname()) as client:
+            client.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+            end = time.monotonic() + 10
+            while not connections.open:
+                await asyncio.sleep(0.01)
+            while connections.open and time.monotonic() < end:
+                connections.sweep(time.monotonic())
+                await asyncio.sleep(0.05)
+            assert not connections.open
+        server.close()
+
+    asyncio.run(check())

@@ -5,24 +5,41 @@ All with real processes. Afterwards nothing is reserved, nothing is open, and ot
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import socket
+import struct
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from random import Random
 
 import pytest
-from gateway_processes import at_rest, call, chat, fake, metric, running, state, wait_for
+from gateway_processes import (
+    at_rest,
+    call,
+    chat,
+    engine,
+    fake,
+    metric,
+    nothing_left,
+    running,
+    running_without_urls,
+    state,
+    wait_for,
+)
 
 CHAT = "/v1/chat/completions"
 
 
-def send_raw(url: str, body: bytes, path: str = CHAT) -> socket.socket:
+def send_raw(url: str, body: bytes, path: str = CHAT, **headers: str) -> socket.socket:
     host, port = url.removeprefix("http://").split(":")
     sock = socket.create_connection((host, int(port)), timeout=30)
-    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+    more = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\n{more}content-length: {len(body)}\r\n\r\n"
     sock.sendall(head.encode() + body)
     return sock
 
@@ -121,33 +138,132 @@ def test_a_worker_killed_amid_its_streams() -> None:
         assert metric(gateway.url, "kvist_worker_upstream_connections", worker=dying.url) == 0
 
 
-def test_a_thousand_requests_of_which_a_third_leave() -> None:
-    workers = [fake() for _ in range(3)]
+def test_ten_thousand_requests_of_which_a_third_leave() -> None:
+    """They leave amid the head, amid the body, at once after it, or amid the answer; by FIN or by RST."""
+    workers = [fake("steady") for _ in range(3)]
     with running(workers) as gateway:
-        rng = Random(1)
-        leave = [rng.random() < 0.3 for _ in range(1000)]
-        body = json.dumps(chat("x" * 3000, stream=True)).encode()
+        asyncio.run(storm(gateway.url, 500, 64, seed=1))  # the gateway's own size, once warm
+        nothing_left(gateway)
+        before, files = gateway.rss(), gateway.files()
+        result = asyncio.run(storm(gateway.url, 10_000, 64, seed=2))
+        assert result["served"] == result["stayed"] > 6_500, "every client that stayed was served whole"
+        assert result["left"] > 2_500
+        nothing_left(gateway)
+        ended = {
+            outcome: metric(gateway.url, "kvist_requests_total", outcome=outcome)
+            for outcome in ("ok", "cancelled", "failed")
+        }
+        assert ended["failed"] == 0 and ended["cancelled"] > 500
+        assert ended["ok"] >= result["served"]
+        assert gateway.files() - files < 64 + 8, "kept connections to workers at most"
+        grown = gateway.rss() - before
+        assert grown < 24 << 20, f"{grown >> 20} MiB after 10 000 requests"
+        assert not [line for line in gateway.lines if "Traceback" in line]
 
-        def one(early: bool) -> bool:
-            sock = send_raw(gateway.url, body)
-            if early:
-                sock.close()
-                return True
-            data = b""
-            while not data.endswith(b"0\r\n\r\n"):
-                piece = sock.recv(65536)
-                if not piece:
-                    return False
-                data += piece
+
+async def storm(url: str, total: int, at_once: int, seed: int) -> dict[str, int]:
+    """Requests over connections that are kept until their client leaves. Counts by what became of them."""
+    host, port = url.removeprefix("http://").split(":")
+    rng, counts, left = Random(seed), Counter[str](), iter(range(total))
+    shared = "shared " * 300
+
+    async def client() -> None:
+        reader: asyncio.StreamReader | None = None
+        writer: asyncio.StreamWriter | None = None
+        for i in left:
+            if writer is None:
+                reader, writer = await asyncio.open_connection(host, int(port))
+            assert reader is not None
+            body = json.dumps(chat(f"{shared}{i}", stream=True)).encode()
+            data = b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % (CHAT.encode(), len(body))
+            data += body
+            if rng.random() < 0.3:
+                how = rng.choice((20, len(data) // 2, len(data), len(data)))
+                writer.write(data[:how])
+                await writer.drain()
+                if how == len(data) and rng.random() < 0.5:
+                    await reader.read(10)
+                if rng.random() < 0.5:
+                    linger = struct.pack("ii", 1, 0)
+                    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                writer.close()
+                writer = None
+                counts["left"] += 1
+                continue
+            counts["stayed"] += 1
+            writer.write(data)
+            answer = await asyncio.wait_for(reader.readuntil(b"0\r\n\r\n"), 30)
+            counts["served"] += answer.startswith(b"HTTP/1.1 200") and b"[DONE]" in answer
+        if writer is not None:
+            writer.close()
+
+    await asyncio.gather(*(client() for _ in range(at_once)))
+    return counts
+
+
+def test_a_worker_that_cannot_be_connected_to() -> None:
+    """Refused, reset at once, or never accepted: the request goes elsewhere, and all is given back."""
+    refused = socket.create_server(("127.0.0.1", 0))
+    nobody = f"http://127.0.0.1:{refused.getsockname()[1]}"
+    refused.close()
+    full = socket.create_server(("127.0.0.1", 0), backlog=0)
+    fillers = [socket.socket() for _ in range(4)]
+    for sock in fillers:
+        sock.setblocking(False)
+        sock.connect_ex(full.getsockname())
+    never = f"http://127.0.0.1:{full.getsockname()[1]}"
+    good = fake()
+    extra = ("--worker-urls", nobody, "--worker-urls", never)
+    options = ("--policy=round_robin", "--connect-timeout=0.5", "--retry-max-retries=3")
+    with running([fake("close"), good], *extra, *options) as gateway:
+        bad = [nobody, never]
+        assert [call(gateway.url, CHAT, chat(f"{i}"))[0] for i in range(8)] == [200] * 8
+        for url in bad:
+            assert metric(gateway.url, "kvist_retries_total", worker=url) >= 1
+            assert metric(gateway.url, "kvist_worker_upstream_connections", worker=url) == 0
+        nothing_left(gateway)
+    full.close()
+    for sock in fillers:
+        sock.close()
+
+
+def test_a_breaker_lets_a_worker_that_recovered_back_in() -> None:
+    with running([fake("error")], "--cb-failure-threshold=2", "--cb-timeout-duration=1") as gateway:
+        worker = state(gateway.url)["workers"][0]["id"]
+        assert [call(gateway.url, CHAT, chat())[0] for _ in range(2)] == [500, 500], "its own answer"
+        status, _, headers = call(gateway.url, CHAT, chat())
+        assert status == 503 and int(headers["retry-after"]) >= 1, "its breaker is open"
+        call(worker, "/mode", b"ok")
+        wait_for(lambda: call(gateway.url, CHAT, chat())[0] == 200)
+        assert metric(gateway.url, "kvist_worker_breaker", worker=worker, state="closed") == 1
+        nothing_left(gateway)
+
+
+def test_a_worker_that_is_only_full_keeps_its_breaker_closed() -> None:
+    busy, good = fake("busy"), fake()
+    with running([busy, good], "--policy=round_robin", "--cb-failure-threshold=2") as gateway:
+        assert [call(gateway.url, CHAT, chat(f"{i}"))[0] for i in range(12)] == [200] * 12
+        assert metric(gateway.url, "kvist_retries_total", worker=busy.url) >= 6
+        assert metric(gateway.url, "kvist_worker_breaker", worker=busy.url, state="closed") == 1
+        good.stop()
+        wait_for(lambda: call(gateway.url, CHAT, chat())[0] == 503)
+        status, _, headers = call(gateway.url, CHAT, chat())
+        assert status == 503 and headers["retry-after"] == "1", "the worker's own words"
+
+
+def test_clients_that_leave_the_queue() -> None:
+    options = ("--max-concurrent-requests=2", "--queue-size=20", "--first-byte-timeout=30")
+    with running([fake("hang")], *options) as gateway:
+        body = json.dumps(chat()).encode()
+        clients = [send_raw(gateway.url, body) for _ in range(12)]
+        wait_for(lambda: state(gateway.url)["queued"] == 10)
+        for sock in clients[:7]:
             sock.close()
-            return b"[DONE]" in data
-
-        with ThreadPoolExecutor(16) as pool:
-            assert all(pool.map(one, leave)), "every client that stayed was served"
-        wait_for(lambda: at_rest(gateway.url))
-        wait_for(lambda: metric(gateway.url, "kvist_client_connections") <= 2)
-        ended = metric(gateway.url, "kvist_requests_total")
-        assert leave.count(False) <= ended <= 1000
+        wait_for(lambda: state(gateway.url)["queued"] == 3)
+        assert state(gateway.url)["active"] == 2, "two who waited took the places of those who left"
+        for sock in clients[7:]:
+            sock.close()
+        nothing_left(gateway)
 
 
 def test_a_slow_reader_makes_no_memory_grow() -> None:
@@ -178,6 +294,45 @@ def test_overload_is_refused_with_a_time_to_come_back() -> None:
         assert all(int(headers["retry-after"]) >= 1 for headers in refused)
         assert metric(gateway.url, "kvist_refused_requests_total", status="503") == len(refused)
         wait_for(lambda: at_rest(gateway.url))
+
+
+def test_sigterm_lets_a_stream_come_to_its_end() -> None:
+    with running([engine("--speed=5")]) as gateway:
+        sock = send_raw(gateway.url, json.dumps(chat(stream=True, max_tokens=150)).encode())
+        data = sock.recv(1000)
+        gateway.signal(signal.SIGTERM)
+        while piece := sock.recv(65536):
+            data += piece
+        assert data.count(b"data: {") == 150 and data.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        assert gateway.process.wait(8) == 0
+
+
+def test_sighup_takes_over_workers_and_keys_and_bad_settings_change_nothing(tmp_path: Path) -> None:
+    first, second = fake(), fake()
+    config = tmp_path / "gateway.toml"
+
+    def write(url: str, key: str) -> None:
+        config.write_text(f'[serve]\nworker-urls = ["{url}"]\napi-keys = ["{key}"]\n')
+
+    def workers() -> list[str]:
+        data = json.loads(call(gateway.url, "/workers", authorization=f"Bearer {key}")[1])
+        return [worker["id"] for worker in data.get("workers", [])]
+
+    write(first.url, key := "one")
+    with running_without_urls([first, second], f"--config={config}") as gateway:
+        assert workers() == [first.url]
+        slow = send_raw(gateway.url, json.dumps(chat()).encode(), authorization="Bearer one")
+        assert slow.recv(12) == b"HTTP/1.1 200"
+        write(second.url, key := "two")
+        gateway.signal(signal.SIGHUP)
+        wait_for(lambda: workers() == [second.url])
+        assert call(gateway.url, CHAT, chat(), authorization="Bearer one")[0] == 401
+        assert call(gateway.url, CHAT, chat(), authorization="Bearer two")[0] == 200
+        config.write_text("worker-urls = [")
+        gateway.signal(signal.SIGHUP)
+        wait_for(lambda: any("reload failed" in line for line in gateway.lines))
+        assert workers() == [second.url]
+        assert call(gateway.url, CHAT, chat(), authorization="Bearer two")[0] == 200
 
 
 def test_sigterm_lets_requests_end() -> None:

@@ -221,7 +221,7 @@ class Gateway:
             return
         try:
             self._admin_action(request, client)
-        except (ValueError, KeyError, msgspec.DecodeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError, msgspec.DecodeError) as error:
             message = f"unknown worker {error}" if isinstance(error, KeyError) else str(error)
             client.respond(400, error_body(400, message), kind=JSON)
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Header = tuple[bytes, bytes]
 
 RETRYABLE = frozenset({408, 429, 500, 502, 503, 504})
+BUSY = frozenset({429, 503})  # with Retry-After: the worker is well, only full
 HOP = frozenset(
     {b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-connection", b"te", b"trailer", b"upgrade"}
 )
@@ -46,6 +47,7 @@ class Exchange:
         "_last_data",
         "_tail",
         "_tried",
+        "busy",
         "client",
         "deadline",
         "entry",
@@ -82,6 +84,7 @@ class Exchange:
         self.state_deadline = self.deadline
         self.first_data = 0.0
         self.status = 0
+        self.busy = False  # the worker refused for now
         self._attempts = 0
         self._tried: set[str] = set()
         self._tail = b""
@@ -165,6 +168,7 @@ class Exchange:
     def response_head(self, status: int, headers: list[Header], body: bytes) -> None:
         assert self.worker is not None and self.ticket is not None and self.upstream is not None
         self.status = status
+        self.busy = status in BUSY and any(name == b"retry-after" for name, _ in headers)
         if status in RETRYABLE and self._retry(f"answered {status}"):
             return
         self.state_deadline = self.deadline
@@ -201,7 +205,9 @@ class Exchange:
         self.upstream = None
         worker = self.worker
         assert worker is not None
-        if self.status >= 500:
+        if self.busy:
+            worker.breaker.released()
+        elif self.status >= 500:
             worker.breaker.failed(self.gateway.now())
         else:
             worker.breaker.succeeded()
@@ -240,7 +246,11 @@ class Exchange:
         if not gateway.fleet.allowed(self.query.model, now, tried):
             return False
         self._tried = tried
-        worker.breaker.failed(now)
+        if self.busy:
+            worker.breaker.released()
+        else:
+            worker.breaker.failed(now)
+        self.busy = False
         gateway.metrics.worker(worker.id).retries += 1
         gateway.log("retry", worker=worker.id, reason=reason, **request_names(self.request))
         self._drop_upstream()

@@ -270,6 +270,10 @@ class Connection(asyncio.Protocol):
         if self.request is not None:
             return
         waited = now - self._since
+        if self.transport.is_closing():  # the rest of an answer that the client does not read
+            if waited > limits.body_seconds:
+                self.transport.abort()
+            return
         if self._in_request:
             if waited > (limits.body_seconds if self._headers_done else limits.header_seconds):
                 self.refuse(HTTPStatus.REQUEST_TIMEOUT, "the request took too long to arrive")
