@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from random import Random
 
 import msgspec
@@ -227,6 +228,13 @@ def test_sharing_helps_gateways_that_see_the_same_caches() -> None:
     assert shared == simulate(queries(), CONFIG, Gateways(4, 0.05))  # type: ignore[arg-type]
     assert alone.completed == shared.completed == 64 * 24
     assert shared.ttft.mean < 0.9 * alone.ttft.mean
+
+
+def test_a_session_that_keeps_to_one_gateway_keeps_its_prefix() -> None:
+    config = replace(CONFIG, kv_events=False)
+    spread = simulate(queries(), config, Gateways(4))  # type: ignore[arg-type]
+    sticky = simulate(queries(), config, Gateways(4, sticky=True))  # type: ignore[arg-type]
+    assert sticky.hit_rate > spread.hit_rate + 0.03
 
 
 def test_bad_settings_are_named() -> None:

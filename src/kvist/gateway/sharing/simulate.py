@@ -3,8 +3,9 @@
     result = simulate(queries, SimConfig(...), Gateways(4, interval=0.5))
 
 With an interval they exchange shares that often, in simulated time; with None each learns alone. Clients
-spread their requests at random, as a load balancer in front of gateways does. With `SimConfig.kv_events` all
-gateways know the caches exactly, else each knows what it sent where.
+spread their requests at random, as a load balancer in front of gateways does, or each session (a group of
+prompts that share a prefix, a conversation) keeps to one gateway. With `SimConfig.kv_events` all gateways
+know the caches exactly, else each knows what it sent where.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from random import Random
+from zlib import crc32
 
 from kvist.gateway.sharing.fleet import SharedFleet
 from kvist.model import Query, WorkerState
@@ -27,6 +29,7 @@ class Gateways:
 
     count: int
     interval: float | None = None
+    sticky: bool = False  # a session keeps to one gateway
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -48,7 +51,7 @@ def simulate(queries: Iterable[Query], config: SimConfig, gateways: Gateways) ->
         if config.kv_events:
             index = _SameEvents(first.index)
         routers.append(Router(policy, index=index))
-    cluster.router = _Spread(routers, gateways.interval, Random(f"{config.seed}/gateways"))
+    cluster.router = _Spread(routers, gateways, Random(f"{config.seed}/gateways"))
     return cluster.run(queries)
 
 
@@ -74,10 +77,11 @@ class _SameEvents:
 class _Spread(Router):
     """Looks like a router to the cluster; every request is one of several routers' from start to end."""
 
-    def __init__(self, routers: list[Router], interval: float | None, rng: Random) -> None:
+    def __init__(self, routers: list[Router], gateways: Gateways, rng: Random) -> None:
         super().__init__(routers[0].policy, index=routers[0].index)
         self.routers = routers
-        self.interval = interval
+        self.interval = interval = gateways.interval
+        self.sticky = gateways.sticky
         self.rng = rng
         self.fleets = [SharedFleet(r, f"g{i}", 0, _fresh(interval)) for i, r in enumerate(routers)]
         self._next = 0.0
@@ -87,7 +91,11 @@ class _Spread(Router):
         if self.interval is not None and now >= self._next:
             self._exchange(now)
             self._next = now + self.interval
-        router = self.routers[int(self.rng.random() * len(self.routers))]
+        if self.sticky:
+            number = crc32(query.session.encode()) % len(self.routers)
+        else:
+            number = int(self.rng.random() * len(self.routers))
+        router = self.routers[number]
         ticket = router.route(query, now, allowed)
         self._owner[ticket] = router
         return ticket
