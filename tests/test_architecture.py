@@ -26,6 +26,7 @@ LAYERS = [
     "bench",
     "cachebench",
     "suite",
+    "routesuite",
     "theory",
     "demo",
     "report",

@@ -103,7 +103,7 @@ def test_the_policy_can_change_under_way() -> None:
     router.set_policy(make_policy("lbgr", rng=Random(0)), 0.5)
     router.complete(ticket, Outcome(), 1.0)
     assert router.worker("a").in_flight == 0 and router.worker("a").load == 0
-    assert old.snapshot()["a"]["observations"] == 1  # type: ignore[index]
+    assert old.health()["a"]["answers"] == 1
     assert router.policy.snapshot()["a"]["observations"] == 0  # type: ignore[index]
 
 

@@ -87,6 +87,7 @@ class WorkerState:
     draining: bool = False
     in_flight: int = 0
     in_flight_tokens: int = 0  # prompt + output tokens of requests in flight
+    waiting: int = 0  # requests in flight that are still before their first token
     pending_prefill: int = 0  # uncached prompt tokens of requests still before their first token
     others: int = 0  # requests there that were not routed here, by the worker's latest metrics
     load: float = 0.0

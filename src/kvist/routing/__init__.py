@@ -8,6 +8,7 @@ from typing import Any
 from kvist.routing.base import Candidate, Decision, Outcome, RoutingPolicy, Status, Ticket
 from kvist.routing.cache_aware import CacheAware
 from kvist.routing.lbgr import LBGR
+from kvist.routing.lbgr_paper import LBGRPaper
 from kvist.routing.lbgr_reference import LBGRReference
 from kvist.routing.linear import KVScore, LMetric
 from kvist.routing.prefix_hash import PrefixHash
@@ -18,6 +19,7 @@ ROUTERS: dict[str, type[RoutingPolicy]] = {
     policy.name: policy
     for policy in (
         LBGR,
+        LBGRPaper,
         LBGRReference,
         CacheAware,
         KVScore,

@@ -35,9 +35,11 @@ class Decision:
 
     worker: str
     cached: int
-    predicted: float | None = None  # seconds, of the chosen worker; None where the policy predicts nothing
+    predicted: float | None = None  # latency in seconds of the chosen worker; None: nothing is predicted
     scores: Sequence[float] = ()
     reason: str = ""
+    predicted_ttft: float | None = None  # its time to first token, likewise
+    memo: tuple[float, ...] = ()  # the policy's own, from `choose` to `dispatched`
 
 
 class Status(StrEnum):
@@ -107,6 +109,14 @@ class RoutingPolicy(ABC):
 
     def completed(self, ticket: Ticket, outcome: Outcome, now: float) -> None:
         """The request ended: give reservations back, learn."""
+
+    def health(self) -> dict[str, dict[str, float]]:
+        """How far predictions hold, per worker id; {} where nothing is predicted.
+
+        error: usual relative error; drift: actual over predicted of late (1: none); pace: seconds a prompt
+        token to compute; tpot: seconds a further output token; answers: seen so far.
+        """
+        return {}
 
     def snapshot(self) -> dict[str, object]:
         """Learned state as plain JSON-able data, for a restart; {} where nothing is learned."""

@@ -66,13 +66,24 @@ class RecursiveLeastSquares:
         scale = forgetting + sum(map(mul, px, x))
         if not isfinite(scale) or scale <= 0:
             return
-        self.theta[:] = [
-            min(max(t + p / scale * residual, low), high)
-            for t, p, (low, high) in zip(self.theta, px, self.bounds, strict=True)
-        ]
+        step = residual / scale
+        self.theta[:] = [t + p * step for t, p in zip(self.theta, px, strict=True)]
         for row, p in zip(rows, px, strict=True):
             row[:] = [(r - p * q / scale) / forgetting for r, q in zip(row, px, strict=True)]
+        self._bound_theta()
         self._bound_covariance()
+
+    def _bound_theta(self) -> None:
+        """Back inside the bounds. What one coefficient may not explain, those that go with it take over."""
+        theta, rows = self.theta, self.covariance
+        for i, (low, high) in enumerate(self.bounds):
+            off = min(max(theta[i], low), high) - theta[i]
+            if off and rows[i][i] > 0:
+                share = off / rows[i][i]
+                for j, p in enumerate(rows[i]):
+                    theta[j] += p * share
+        for i, (low, high) in enumerate(self.bounds):
+            theta[i] = min(max(theta[i], low), high)
 
     def _bound_covariance(self) -> None:
         """Shrink rows and columns whose variance passed its start; keeps the matrix positive definite."""

@@ -99,6 +99,7 @@ class Router:
         worker = self._workers[decision.worker].worker
         ticket = Ticket(query, worker, decision, now, policy, candidates)
         worker.in_flight += 1
+        worker.waiting += 1
         worker.routed += 1
         worker.in_flight_tokens += query.length
         worker.pending_prefill += query.length - decision.cached
@@ -113,6 +114,7 @@ class Router:
         if ticket.first_token_at is not None or ticket.done:
             return
         ticket.first_token_at = now
+        ticket.worker.waiting -= 1
         ticket.worker.pending_prefill -= ticket.query.length - ticket.decision.cached
         ticket.policy.first_token(ticket, now)
 
@@ -123,6 +125,7 @@ class Router:
         worker, query = ticket.worker, ticket.query
         ticket.done = True
         if ticket.first_token_at is None:
+            worker.waiting -= 1
             worker.pending_prefill -= query.length - ticket.decision.cached
         elif outcome.ttft is None:
             outcome.ttft = ticket.first_token_at - ticket.routed_at

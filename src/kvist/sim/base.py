@@ -20,6 +20,8 @@ class WorkerSpec:
 
     `joins` and `leaves` are moments of the run. A worker that leaves with `drains` finishes what it has;
     otherwise it fails and its requests in flight are lost or sent elsewhere (`SimConfig.on_failure`).
+    `paces` are (moment, factor): from then on every step takes `factor` times what the profile says, as on a
+    GPU that is throttled or shared; (90.0, 1.0) is a recovery.
     """
 
     id: str
@@ -29,6 +31,7 @@ class WorkerSpec:
     joins: float = 0.0
     leaves: float | None = None
     drains: bool = False
+    paces: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,12 @@ class SimConfig:
                 raise ValueError(
                     f"worker {spec.id}: leaves ({spec.leaves}) must be after joins ({spec.joins})"
                 )
+            for moment, factor in spec.paces:
+                if not (moment >= 0 and 0 < factor < float("inf")):
+                    raise ValueError(
+                        f"worker {spec.id}: paces: ({moment}, {factor}) must be a moment from 0 and a factor "
+                        "above 0"
+                    )
         for tokens in (self.kv_tokens, *(spec.kv_tokens for spec in self.fleet)):
             if tokens is not None and tokens < 1:
                 raise ValueError(f"kv_tokens must be at least 1, not {tokens}")

@@ -26,6 +26,7 @@ from kvist.routing import make_policy
 from kvist.routing.base import Outcome, RoutingPolicy, Status
 from kvist.routing.router import NoWorker, Router
 from kvist.sim.base import SimConfig, SimResult, WorkerSpec
+from kvist.sim.clairvoyant import Clairvoyant
 from kvist.sim.record import Recorder
 from kvist.sim.worker import Flight, Worker
 
@@ -47,22 +48,30 @@ class Cluster:
     def __init__(self, config: SimConfig, *, policy: RoutingPolicy | None = None) -> None:
         self.config = config
         if policy is None:
-            policy = make_policy(config.router, rng=Random(f"{config.seed}/router"), **config.router_params)
+            policy = self._policy(config)
         self._events = EventIndex(unit=config.unit) if config.kv_events else None
         index: PrefixKnowledge = self._events or PrefixIndex(unit=config.unit, block_size=config.block_size)
         self.router = Router(policy, index=index)
         self.workers: dict[str, Worker] = {}
         self._everyone: list[Worker] = []  # also those that left
         self._homeless: deque[Flight] = deque()
-        self._agenda: list[tuple[float, int, Worker]] = []
+        self.agenda: list[tuple[float, int, Worker]] = []
         self._ticks = 0
         self._changes = _changes(config.specs())
         self._next: Query | None = None
         self._last = -inf
 
+    def _policy(self, config: SimConfig) -> RoutingPolicy:
+        rng = Random(f"{config.seed}/router")
+        if config.router != Clairvoyant.name:
+            return make_policy(config.router, rng=rng, **config.router_params)
+        policy = Clairvoyant(rng=rng, **config.router_params)
+        policy.cluster = self
+        return policy
+
     def run(self, queries: Iterable[Query]) -> SimResult:
         arrivals = iter(queries)
-        agenda, changes = self._agenda, self._changes
+        agenda, changes = self.agenda, self._changes
         self._advance(arrivals)
         start = self._next.arrival if self._next is not None else 0.0
         self.record = Recorder(self.config, start)
@@ -72,11 +81,13 @@ class Cluster:
             if changes and changes[0][0] <= min(arrival, step):
                 if arrival == step == inf and not self._homeless:
                     break
-                now, joins, spec = changes.popleft()
-                if joins:
+                now, change, spec = changes.popleft()
+                if change == "join":
                     self._join(spec, now)
-                else:
+                elif change == "leave":
                     self._leave(spec, now)
+                elif spec.id in self.workers:
+                    self.workers[spec.id].set_pace(dict(spec.paces)[now])
             elif arrival <= step:
                 if self._next is None:
                     break
@@ -125,7 +136,7 @@ class Cluster:
     def _plan(self, worker: Worker, time: float) -> None:
         worker.stepping = True
         self._ticks += 1
-        heappush(self._agenda, (time, self._ticks, worker))
+        heappush(self.agenda, (time, self._ticks, worker))
 
     def _step(self, worker: Worker, now: float) -> None:
         """End the step under way, if any, and begin the next."""
@@ -212,11 +223,13 @@ class _Announcer:
             self.index.cleared(self.slot)
 
 
-def _changes(specs: Iterable[WorkerSpec]) -> deque[tuple[float, bool, WorkerSpec]]:
-    """Joins and leaves in order of time; at the same moment, joins first."""
+def _changes(specs: Iterable[WorkerSpec]) -> deque[tuple[float, str, WorkerSpec]]:
+    """Joins, changes of pace and leaves in order of time, and in this order at the same moment."""
     found = []
     for spec in specs:
-        found.append((spec.joins, True, spec))
+        found.append((spec.joins, "join", spec))
+        found += [(moment, "pace", spec) for moment, _ in spec.paces]
         if spec.leaves is not None:
-            found.append((spec.leaves, False, spec))
-    return deque(sorted(found, key=lambda change: (change[0], not change[1])))
+            found.append((spec.leaves, "leave", spec))
+    rank = ("join", "pace", "leave").index
+    return deque(sorted(found, key=lambda change: (change[0], rank(change[1]))))

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
+import msgspec
+
 from kvist.cache import PrefixCache, make_eviction
 from kvist.cache.events import CacheEvent
 from kvist.engine.core import Engine
-from kvist.engine.latency import load_profile
+from kvist.engine.latency import COEFFICIENTS, load_profile
 from kvist.engine.order import make_order
 from kvist.model import Query
 from kvist.routing.base import Ticket
@@ -30,6 +32,7 @@ class Worker:
     """stepping: a step or a wake-up is on the cluster's agenda."""
 
     __slots__ = (
+        "_profile",
         "alive",
         "busy_before",
         "cached_tokens",
@@ -45,8 +48,8 @@ class Worker:
         self, spec: WorkerSpec, config: SimConfig, on_event: Callable[[CacheEvent], None] | None = None
     ) -> None:
         self.spec = spec
+        self._profile = profile = load_profile(spec.profile or config.profile)
         self.on_event = on_event
-        profile = load_profile(spec.profile or config.profile)
         name = spec.eviction or config.eviction
         params = config.eviction_params if name == config.eviction else {}
         eviction = make_eviction(name, rng=Random(f"{config.seed}/{spec.id}"), **params)
@@ -65,3 +68,8 @@ class Worker:
         self.stepping = False
         self.busy_before = 0.0  # computing time before the warm-up was over
         self.requests = self.prompt_tokens = self.cached_tokens = 0
+
+    def set_pace(self, factor: float) -> None:
+        """From the next step on, steps take `factor` times what the profile says."""
+        scaled = {name: getattr(self._profile, name) * factor for name in COEFFICIENTS}
+        self.engine.profile = msgspec.structs.replace(self._profile, **scaled)

@@ -1,4 +1,4 @@
-"""LBGR, learning-based greedy routing (paper section 3).
+"""LBGR as the paper has it (section 3), to compare `kvist.routing.lbgr` with.
 
 For every worker the end-to-end latency of this query is predicted, and the smallest prediction wins:
 
@@ -11,16 +11,9 @@ that a reservation fades over about the life of the request behind it.
 
 Service is reserved in fixed units (thousands of uncached tokens, a cached one counting little), not in
 learned seconds: if the load were measured by the coefficients that are learned from it, both could grow
-without end. The learned weight of the load turns it into the worker's seconds.
-
-Two things go beyond the paper:
-- The fleet teaches each worker. A worker predicts with the geometric mean of its own coefficients and the
-  fleet's mean ones: noise in one worker's few observations is halved, a lasting difference in speed stays.
-- A congestion price. Greedy routing by one's own latency replicates a prefix whenever that saves this query
-  a moment, and every token computed twice delays all who wait. A query's uncached tokens are charged for
-  that: their cost, times the requests they delay. That number lies between the least and the mean in flight
-  on a worker (their geometric mean is taken): while somebody is idle, nobody need be delayed.
-  `congestion=0` is the rule as published.
+without end. A worker predicts with the geometric mean of its own coefficients and the fleet's.
+`congestion` > 0 adds a price: uncached tokens are charged their cost times the requests they delay, taken as
+the geometric mean of the least and the mean in flight on a worker.
 """
 
 from __future__ import annotations
@@ -67,14 +60,14 @@ class _Worker:
             self.state.load = self.load
 
 
-class LBGR(RoutingPolicy):
-    name = "lbgr"
-    description = "Learns each worker's latency online (cached, uncached, queue) and takes the smallest."
+class LBGRPaper(RoutingPolicy):
+    name = "lbgr_paper"
+    description = "LBGR as published: latency from cached, uncached and a decaying load, learned online."
     source = "paper section 3 (arXiv 2601.18999)"
     params = {
         "objective": "what is predicted: `latency` (end to end) or `ttft`",
         "forgetting": "weight of the past per observation (0.99)",
-        "congestion": "weight of the price for delaying others (1.0); 0: as published",
+        "congestion": "weight of a price for delaying others (0: as published)",
         "shortlist": "of more workers, so many are scored: longest prefixes, random others (64); 0: all",
     }
 
@@ -83,7 +76,7 @@ class LBGR(RoutingPolicy):
         *,
         objective: str = "latency",
         forgetting: float = 0.99,
-        congestion: float = 1.0,
+        congestion: float = 0.0,
         shortlist: int = 64,
         rng: Random | None = None,
     ) -> None:

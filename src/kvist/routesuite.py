@@ -1,0 +1,144 @@
+"""The standard suite of routing: workloads x fleets x loads x routers, with the clairvoyant for comparison.
+
+A load is a share of the fleet's capacity for the workload: the throughput that `lmetric` reaches when all
+requests come at once. From LOADED on a point counts as loaded. What counts is TTFT: for every point a
+policy's mean over the best baseline's, and over the clairvoyant's. Held-out workloads and fleets were not
+looked at while LBGR was designed and are reported apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from kvist.sim import SimConfig, SimResult, simulate
+from kvist.sim.base import WorkerSpec
+from kvist.workloads import make_workload
+
+CLAIRVOYANT = "clairvoyant"
+OURS = "lbgr"
+LOADS = (0.3, 0.7, 0.9, 1.1)
+LOADED = 0.6
+WARM = 0.1  # of the requests, not counted
+
+GENERATED = (
+    "gsp:prompts=12",
+    "gsp:prompts=12,order=grouped",
+    "gsp:prompts=12,order=round_robin",
+    "sharegpt:clients=300",
+    "loogle:documents=200",
+    "gsp:prompts=12,output=128",
+)
+HELD_OUT_GENERATED = (
+    "ultrachat:clients=300,message=512,output=64",
+    "gsp:groups=300,prompts=5,shared=0.8,lengths=2048/6000,output=32",
+)
+TRACES = {"mooncake_conversation.jsonl": "trace:{}:limit=1500"}
+HELD_OUT_TRACES = {
+    "tau_airline_gpt4o_messages.jsonl.gz": "trace:{}:limit=1500",
+    "sharegpt_zh_1k_messages.jsonl.gz": "trace:{}:limit=1500",
+    "azure2023_conv.csv": "trace:{}:limit=1500",
+}
+
+L40, L40S, H100, A100 = (f"llama-3.1-8b-{gpu}" for gpu in ("l40", "l40s", "h100", "a100-80g"))
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """profiles: one a worker. slow: that worker takes `slow` times as long in the middle third of the run."""
+
+    name: str
+    profiles: tuple[str, ...]
+    slow: float = 1.0
+    held_out: bool = False
+
+    def specs(self, duration: float) -> tuple[WorkerSpec, ...]:
+        paces = ((duration / 3, self.slow), (duration * 2 / 3, 1.0)) if self.slow != 1.0 else ()
+        return tuple(
+            WorkerSpec(f"w{i}", profile=profile, paces=paces if i == 0 else ())
+            for i, profile in enumerate(self.profiles)
+        )
+
+
+FLEETS = (
+    Fleet("4 L40", (L40,) * 4),
+    Fleet("2 L40 + 2 H100", (L40, L40, H100, H100)),
+    Fleet("4 L40, one 4x slow for a third", (L40,) * 4, slow=4.0),
+    Fleet("8 of three kinds", (L40, L40, L40S, L40S, A100, A100, H100, H100), held_out=True),
+    Fleet("4 H100, one 3x slow for a third", (H100,) * 4, slow=3.0, held_out=True),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    workload: str
+    fleet: Fleet
+    load: float
+    held_out: bool = False
+
+    @property
+    def loaded(self) -> bool:
+        return self.load >= LOADED
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    point: Point
+    router: str
+    params: tuple[tuple[str, Any], ...]
+    seed: int
+    eviction: str = "l-lru"
+    order: str = "fcfs"
+
+
+def workloads(traces: Path | None, *, held_out: bool = False) -> list[str]:
+    """Those of the suite, without the traces that the folder lacks."""
+    generated, files = (HELD_OUT_GENERATED, HELD_OUT_TRACES) if held_out else (GENERATED, TRACES)
+    found = list(generated)
+    if traces is not None:
+        found += [spec.format(traces / f) for f, spec in files.items() if (traces / f).is_file()]
+    return found
+
+
+def points(traces: Path | None, loads: Sequence[float] = LOADS) -> list[Point]:
+    """All points; held out are those of a held-out workload or fleet."""
+    found = []
+    for held_out in (False, True):
+        for workload in workloads(traces, held_out=held_out):
+            for fleet in FLEETS:
+                found += [Point(workload, fleet, load, held_out or fleet.held_out) for load in loads]
+    return found
+
+
+@cache
+def alone(workload: str, profile: str) -> tuple[float, int]:
+    """(requests a second a worker of this kind gets through among four of its kind, number of requests)."""
+    fleet = Fleet("", (profile,) * 4)
+    config = SimConfig(router="lmetric", eviction="l-lru", fleet=fleet.specs(1.0))
+    result = simulate(make_workload(workload, rate=1e4), config)
+    return result.completed / result.makespan / 4, result.requests
+
+
+def capacity(workload: str, fleet: Fleet) -> tuple[float, int]:
+    """(requests a second, number of requests): the sum over workers of what each kind gets through."""
+    each = [alone(workload, profile) for profile in fleet.profiles]
+    return sum(rate for rate, _ in each), each[0][1]
+
+
+def run_unit(unit: Unit) -> SimResult:
+    point = unit.point
+    most, count = capacity(point.workload, point.fleet)
+    rate = most * point.load
+    config = SimConfig(
+        router=unit.router,
+        router_params=dict(unit.params),
+        eviction=unit.eviction,
+        order=unit.order,
+        fleet=point.fleet.specs(count / rate),
+        warmup=int(WARM * count),
+        seed=unit.seed,
+    )
+    return simulate(make_workload(point.workload, rate=rate, seed=unit.seed), config)

@@ -1,0 +1,249 @@
+"""LBGR, learning-based greedy routing (after paper section 3).
+
+For every worker the latency of this query is predicted, and the smallest, plus a price for the work it makes,
+wins. A prediction has these parts, all learned online per worker:
+
+    first token = intercept + pace * (work ahead + own work) + a_cached * cached + interference + memory
+    end         = first token + expected output tokens * time per output token
+
+Work is uncached tokens with prefill's quadratic term (`queue.prefill_work`); the work ahead is what the
+router has sent and not yet heard of (`queue.PrefillQueue`); interference comes from sequences decoding,
+memory from requests that do not fit the KV cache together. How it is learned: `worker`; the price: `price`.
+
+What the published rule has and this has not: an exponentially decaying load. With the events of first tokens
+the work ahead is known, not guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import exp, inf, isfinite
+from random import Random
+
+from kvist.model import Query, WorkerState
+from kvist.routing.base import Candidate, Decision, Outcome, RoutingPolicy, Status, Ticket
+from kvist.routing.lbgr.output import OutputLengths
+from kvist.routing.lbgr.price import delayed
+from kvist.routing.lbgr.queue import CONTEXT
+from kvist.routing.lbgr.worker import BOUNDS, PRIOR, SPREAD, Fleet, Worker
+from kvist.routing.rls import RecursiveLeastSquares
+
+OBJECTIVES = ("ttft", "latency", "slo")
+DECODERS = 0.5  # of a prefill's time is lost to each sequence that decodes beside it, for `latency`
+VERSION = 2
+
+
+class LBGR(RoutingPolicy):
+    name = "lbgr"
+    description = "Learns each worker's latency online; the smallest, plus a price for delaying others, wins."
+    source = "after paper section 3 (arXiv 2601.18999)"
+    params = {
+        "objective": "what is minimised: `ttft`, `latency` (end to end) or `slo` (requests beyond slo_ttft)",
+        "forgetting": "weight of the past per observation (0.98)",
+        "congestion": "weight of the price for delaying others (1.0); 0: selfish",
+        "slo_ttft": "seconds to first token that objective `slo` must meet (2.0)",
+    }
+
+    def __init__(
+        self,
+        *,
+        objective: str = "ttft",
+        forgetting: float = 0.98,
+        congestion: float = 1.0,
+        slo_ttft: float = 2.0,
+        rng: Random | None = None,
+    ) -> None:
+        super().__init__(rng=rng)
+        if objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, not {objective!r}")
+        if not 0 <= congestion < inf:
+            raise ValueError(f"congestion must be at least 0, not {congestion}")
+        if not 0 < slo_ttft < inf:
+            raise ValueError(f"slo_ttft must be above 0 seconds, not {slo_ttft}")
+        self.objective = objective
+        self.congestion = congestion
+        self.forgetting = forgetting
+        self.slo_ttft = slo_ttft
+        self._model()  # a wrong `forgetting` shows now
+        self._fleet = Fleet()
+        self._workers = self._fleet.workers
+        self._outputs = OutputLengths()
+        self._restored: dict[str, dict[str, object]] = {}
+
+    def _model(self) -> RecursiveLeastSquares:
+        return RecursiveLeastSquares(PRIOR, SPREAD, BOUNDS, self.forgetting)
+
+    def worker_added(self, worker: WorkerState, now: float) -> None:
+        own = self._workers.get(worker.id)
+        if own is None or own.state is not worker:
+            model = self._model()
+            model.theta = self._fleet.typical()
+            own = Worker(worker, model, now)
+            self._fleet.add(own)
+        if worker.id in self._restored:
+            own.model = self._model()
+            own.model.load(self._restored.pop(worker.id))
+            self._fleet.heard(own)
+
+    def worker_removed(self, worker: WorkerState, now: float) -> None:
+        self._fleet.remove(worker.id)
+
+    def choose(self, query: Query, candidates: Sequence[Candidate], now: float) -> Decision:
+        fleet, workers, length = self._fleet, self._workers, query.length
+        usual, answers = fleet.mean_work, fleet.answers
+        output = self._outputs.expect(query)
+        usual_tpot = fleet.tpot()
+        stalls = DECODERS if self.objective == "latency" else 0.0
+        firsts, ends, works, features, waiting, waits, rate = [], [], [], [], [], [], 0.0
+        ideal, extra = inf, []
+        for candidate in candidates:
+            state, cached = candidate.worker, candidate.cached
+            own = workers[state.id]
+            miss = length - cached if length > cached else 1  # an engine computes at least the last token
+            work = miss + CONTEXT * miss * (cached + 0.5 * miss)  # prefill_work, inlined: it is in every loop
+            used, drift = own.used, own.drift
+            if not state.in_flight and answers - own.learned >= own.patience and work <= 4 * usual:
+                used, drift = fleet.fastest(own), 0.0  # not heard of for long: try it with something small
+            base, per_work, per_cached, per_decode, per_over = used
+            factor = exp(drift) if drift else 1.0
+            pace = per_work * factor / 1000
+            queue, late = 0.0, 0.0
+            if state.waiting:
+                queue, late = own.queue.look(now, pace)
+            over = 0.0
+            if state.capacity:
+                over = own.held + miss + output - state.capacity
+                over = over / 1000 if over > 0 else 0.0
+            decoding = state.in_flight - state.waiting
+            x = (1.0, (queue + work) / 1000, cached / 1000, (decoding + state.others) / 10, over)
+            first = late + factor * (
+                base + per_work * x[1] + per_cached * x[2] + per_decode * x[3] + per_over * over
+            )
+            tpot = own.tpot_used if own.tpots else usual_tpot
+            firsts.append(first)
+            ends.append(first + (output - 1) * tpot)
+            works.append(work)
+            features.append(x)
+            waiting.append(state.waiting)
+            waits.append(pace * (queue + usual) + late)
+            extra.append(stalls * pace * decoding)
+            rate += 1 / pace
+            if pace < ideal:
+                ideal = pace
+        price = 0.0
+        if self.congestion:
+            many = delayed(waiting, [wait - ideal * usual for wait in waits])
+            price = self.congestion * many * len(candidates) / rate
+        told = ends if self.objective == "latency" else firsts
+        scores = [t + (price + e) * work for t, e, work in zip(told, extra, works, strict=True)]
+        if self.objective == "slo":
+            self._prefer_good(scores, firsts, works)
+        chosen = self._smallest(scores)
+        candidate = candidates[chosen]
+        return Decision(
+            candidate.worker.id,
+            candidate.cached,
+            ends[chosen],
+            scores,
+            f"smallest predicted {self.objective}" + (" + price" if price else ""),
+            predicted_ttft=firsts[chosen],
+            memo=(*features[chosen], length - candidate.cached + output, works[chosen]),
+        )
+
+    def _prefer_good(self, scores: list[float], firsts: Sequence[float], works: Sequence[float]) -> None:
+        """Among workers that should meet the target, least work; it leaves the most room for the others."""
+        limit = 0.7 * self.slo_ttft
+        if min(firsts) > limit:
+            return
+        pace = max(firsts) / max(max(works), 1.0)
+        for i, first in enumerate(firsts):
+            scores[i] = pace * works[i] + 0.1 * first if first <= limit else first + 1000 * self.slo_ttft
+
+    def _smallest(self, scores: Sequence[float]) -> int:
+        best = min(scores)
+        ties = [i for i, score in enumerate(scores) if score == best]
+        return ties[0] if len(ties) == 1 else ties[int(self.rng.random() * len(ties))]
+
+    def dispatched(self, ticket: Ticket, now: float) -> None:
+        own = self._workers[ticket.worker.id]
+        ticket.memo = ticket.decision.memo
+        held, work = ticket.memo[5], ticket.memo[6]
+        own.held += held
+        own.queue.add(ticket, work, now)
+        own.state.load = own.queue.total / 1000
+        self._fleet.mean_work += 0.02 * (work - self._fleet.mean_work)
+
+    def first_token(self, ticket: Ticket, now: float) -> None:
+        own = self._known(ticket)
+        if own is None:
+            return
+        own.queue.streams += 0.1 * (1.0 - own.queue.streams)
+        own.queue.remove(ticket, now, own.pace, computed=True)
+        own.state.load = own.queue.total / 1000
+        self._learn(own, ticket, now - ticket.routed_at, now)
+
+    def completed(self, ticket: Ticket, outcome: Outcome, now: float) -> None:
+        own = self._known(ticket)
+        if own is None:
+            return
+        good = outcome.status is Status.OK
+        own.held = own.held - ticket.memo[5] if ticket.worker.in_flight else 0.0  # no rounding is left behind
+        own.queue.remove(ticket, now, own.pace, computed=good)
+        own.state.load = own.queue.total / 1000
+        latency, ttft, tokens = outcome.latency, outcome.ttft, outcome.output_tokens
+        if not good or latency is None or not isfinite(latency) or latency < 0:
+            return
+        self._outputs.learn(ticket.query, tokens)
+        if ttft is not None and isfinite(ttft) and tokens > 1:
+            self._fleet.decoded(own, (latency - ttft) / (tokens - 1))
+        if ticket.first_token_at is not None:
+            return
+        own.queue.streams -= 0.1 * own.queue.streams
+        if ttft is None:
+            ttft = max(latency - max(tokens - 1, 0) * own.tpot, 0.0)
+        self._learn(own, ticket, ttft, now)
+
+    def _known(self, ticket: Ticket) -> Worker | None:
+        own = self._workers.get(ticket.worker.id)
+        return own if own is not None and own.state is ticket.worker and ticket.memo else None
+
+    def _learn(self, own: Worker, ticket: Ticket, seen: float, now: float) -> None:
+        ratio = own.learn(ticket.memo[:5], seen, now)
+        self._fleet.answered(own, ratio)
+        self._fleet.heard(own)
+
+    def health(self) -> dict[str, dict[str, float]]:
+        return {
+            worker_id: {
+                "error": own.model.error,
+                "drift": exp(own.drift),
+                "pace": own.pace,
+                "tpot": own.tpot,
+                "answers": float(own.model.observations),
+            }
+            for worker_id, own in self._workers.items()
+        }
+
+    def snapshot(self) -> dict[str, object]:
+        workers = {worker_id: own.model.dump() for worker_id, own in self._workers.items()}
+        return {"version": VERSION, "workers": workers}
+
+    def restore(self, state: dict[str, object]) -> None:
+        """Applies to workers that are there and to those that join later."""
+        if state.get("version") != VERSION:
+            raise ValueError(f"version: {VERSION} expected, not {state.get('version')!r}")
+        workers = state.get("workers")
+        if not isinstance(workers, dict):
+            raise ValueError("workers: an object of workers by id expected")
+        for worker_id, dump in workers.items():
+            if not isinstance(dump, dict):
+                raise ValueError(f"{worker_id}: an object with theta, covariance, … expected")
+            try:
+                self._model().load(dump)
+            except ValueError as error:
+                raise ValueError(f"{worker_id}.{error}") from None
+        for worker_id, dump in workers.items():
+            self._restored[worker_id] = dump
+            own = self._workers.get(worker_id)
+            if own is not None:
+                self.worker_added(own.state, own.at)

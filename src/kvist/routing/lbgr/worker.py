@@ -1,0 +1,192 @@
+"""What LBGR knows of one worker, and what the fleet knows together.
+
+The time to first token is linear in features that the router knows exactly; coefficients are learned by
+recursive least squares on relative errors (a tenth off is as bad at 0.1 s as at 10 s) and drawn towards the
+fleet's (`pool`). On top, a fast factor follows actual over predicted, for a worker that is throttled or
+recovers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import exp, inf, isfinite, log
+
+from kvist.model import WorkerState
+from kvist.routing.lbgr.pool import Pool
+from kvist.routing.lbgr.queue import PrefillQueue
+from kvist.routing.rls import RecursiveLeastSquares
+
+# Features: 1; work ahead and own, in 1000 tokens; cached tokens, in 1000; sequences decoding, in 10; tokens
+# beyond the KV capacity, in 1000. An 8B model needs about 0.02 s per 1000 tokens of work on an H100 and
+# 0.14 s on an L40; the first answers settle which it is. SPREAD is in units of the relative error.
+PRIOR = (0.02, 0.08, 0.001, 0.002, 0.02)
+SPREAD = (0.3, 1.0, 0.02, 0.05, 0.3)
+BOUNDS = ((0.0, inf), (1e-5, inf), (0.0, inf), (0.0, inf), (0.0, inf))
+PACE = 1  # the coefficient that tells workers apart
+FLOOR = 0.02  # seconds that are added to both before predicted and actual are compared
+FAST = 0.05  # gain of the drift factor
+CHANGED = log(1.5)  # drift from which the worker is learned anew
+MOST_DRIFT = log(16.0)
+RECOVERED = 0.7  # actual over predicted, below which a worker that was tried again has changed
+STALE = 50  # answers of a mean worker, after which one that got nothing is tried again
+MOST_PATIENCE = 100 * STALE
+DECODE_GAIN = 0.02
+TOGETHER = 12  # requests that decode at the same time see the same load: so many tell as much as one
+
+Coefficients = tuple[float, ...]
+
+
+def _first(vector: Sequence[float], k: int) -> list[float]:
+    """The vector with its first number and number k changed over; twice is as before."""
+    changed = list(vector)
+    changed[0], changed[k] = changed[k], changed[0]
+    return changed
+
+
+class Worker:
+    __slots__ = (
+        "at",
+        "drift",
+        "held",
+        "learned",
+        "model",
+        "patience",
+        "queue",
+        "state",
+        "tpot",
+        "tpot_used",
+        "tpot_variance",
+        "tpots",
+        "used",
+    )
+
+    def __init__(self, state: WorkerState, model: RecursiveLeastSquares, now: float) -> None:
+        self.state = state
+        self.model = model
+        self.used: Coefficients = tuple(model.theta)  # what it predicts with
+        self.queue = PrefillQueue(now)
+        self.drift = 0.0  # log of actual over predicted, of late
+        self.at = now  # of the last observation
+        self.held = 0.0  # KV tokens of the requests in flight: prompts without what was cached, and outputs
+        self.tpot = self.tpot_used = self.tpot_variance = 0.0  # seconds a further output token
+        self.tpots = 0
+        self.learned = 0  # the fleet's answers when this worker last gave one
+        self.patience = 0  # answers of the fleet after which it is tried again, if idle
+
+    @property
+    def pace(self) -> float:
+        """Seconds a token of work."""
+        return self.used[PACE] * exp(self.drift) / 1000
+
+    def learn(self, x: Sequence[float], seen: float, now: float) -> float:
+        """One time to first token in seconds; returns it over what the model said. Nonsense is ignored."""
+        if not isfinite(seen) or seen < 0:
+            return 1.0
+        told = sum(t * v for t, v in zip(self.model.theta, x, strict=True)) + FLOOR
+        ratio = min(max(log((seen + FLOOR) / told), -MOST_DRIFT), MOST_DRIFT)
+        if self.model.observations:
+            self.drift += FAST * (ratio - self.drift)
+        self.model.update([v / told for v in x], seen / told)
+        if abs(self.drift) > CHANGED:
+            self.start_over(exp(self.drift))
+        self.at = now
+        return exp(ratio)
+
+    def start_over(self, factor: float) -> None:
+        """The worker is not what it was: scale the model and be as unsure as at the start."""
+        fresh = RecursiveLeastSquares(PRIOR, SPREAD, BOUNDS, self.model.forgetting)
+        fresh.theta = [max(t * factor, low) for t, (low, _) in zip(self.model.theta, BOUNDS, strict=True)]
+        fresh.observations, fresh.error = self.model.observations, self.model.error
+        self.model, self.drift = fresh, 0.0
+
+    def decoded(self, seconds: float) -> None:
+        """The time of one further output token; an outlier counts as ten times the usual."""
+        if not isfinite(seconds) or seconds < 0:
+            return
+        self.tpots += 1
+        gain = max(DECODE_GAIN, 1 / self.tpots)
+        off = (min(seconds, 10 * self.tpot) if self.tpots > 1 else seconds) - self.tpot
+        self.tpot += gain * off
+        if self.tpots > 1:
+            self.tpot_variance += gain * ((1 - gain) * off * off - self.tpot_variance)
+
+
+class Fleet:
+    def __init__(self) -> None:
+        self.workers: dict[str, Worker] = {}
+        self.answers = 0
+        self.mean_work = 1000.0  # of a request, in tokens
+        self._models = Pool(len(PRIOR))
+        self._decodes = Pool(1)
+        self._fastest: Worker | None = None
+
+    def add(self, own: Worker) -> None:
+        self.remove(own.state.id)
+        self.workers[own.state.id] = own
+        own.learned = self.answers
+        self.heard(own)
+
+    def remove(self, worker_id: str) -> None:
+        gone = self.workers.pop(worker_id, None)
+        self._models.drop(worker_id)
+        self._decodes.drop(worker_id)
+        if gone is self._fastest:
+            self._fastest = None
+
+    def typical(self) -> list[float]:
+        """Coefficients for a worker that joins: the mean of those known."""
+        return _first(self._models.mean(), PACE) if len(self._models) else list(PRIOR)
+
+    def heard(self, own: Worker) -> None:
+        """The worker's model has changed: set what it predicts with."""
+        model = own.model
+        own.used = tuple(model.theta)
+        if not model.observations:
+            return
+        noise = (1.25 * model.error) ** 2  # from the mean absolute error to the variance
+        chance = noise * model.covariance[PACE][PACE]
+        self._models.set(own.state.id, _first(own.used, PACE), chance)
+        own.used = tuple(_first(self._models.draw(own.state.id), PACE))
+        if self._fastest is own:
+            self._fastest = None
+        elif self._fastest is not None and own.used[PACE] < self._fastest.used[PACE]:
+            self._fastest = own
+
+    def fastest(self, own: Worker) -> Coefficients:
+        """The best that a worker of this fleet is known to be, for one that must be tried."""
+        if self._fastest is None:
+            known = [worker for worker in self.workers.values() if worker.model.observations]
+            self._fastest = min(known, key=lambda worker: worker.used[PACE], default=None)
+        return own.used if self._fastest is None else self._fastest.used
+
+    def decoded(self, own: Worker, seconds: float) -> None:
+        """The time of one further output token on this worker.
+
+        It rises and falls with the load that the router gives; what counts is how workers differ beyond that.
+        """
+        own.decoded(seconds)
+        if own.tpots:
+            few = max(DECODE_GAIN / 2, 1 / own.tpots)
+            chance = own.tpot_variance * min(1.0, TOGETHER * few) if own.tpots > 1 else own.tpot**2
+            self._decodes.set(own.state.id, (own.tpot,), chance)
+            (own.tpot_used,) = self._decodes.draw(own.state.id)
+
+    def tpot(self) -> float:
+        """For a worker that has not decoded yet."""
+        return self._decodes.mean()[0] if len(self._decodes) else 0.0
+
+    def answered(self, own: Worker, ratio: float) -> None:
+        """An answer came, `ratio` times what the worker's own model had told.
+
+        A worker that was tried again and is as slow as it was is left alone for longer.
+        """
+        self.answers += 1
+        least = STALE * len(self.workers)
+        tried = self.answers - own.learned > own.patience > 0
+        if tried and ratio < RECOVERED:
+            own.start_over(ratio)
+        if tried and ratio >= RECOVERED:
+            own.patience = min(2 * own.patience, MOST_PATIENCE * len(self.workers))
+        elif tried or not own.patience:
+            own.patience = least
+        own.learned = self.answers
