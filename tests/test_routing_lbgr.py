@@ -222,7 +222,7 @@ def test_predictions_come_true(streams: bool) -> None:
     assert late[len(late) // 2] < 0.1
     assert cluster.count["a"] > 2 * cluster.count["c"] > 0
     health = cluster.router.policy.health()
-    assert health["c"]["pace"] > 2 * health["a"]["pace"]
+    assert health["c"]["pace"] > 1.5 * health["a"]["pace"]
     assert all(0.7 < health[name]["drift"] < 1.4 for name in "abc")
 
 
@@ -421,3 +421,13 @@ def test_output_lengths_are_learned_by_shape() -> None:
     assert lengths.expect(short) == pytest.approx(10)
     assert lengths.expect(long) == pytest.approx(400)
     assert 10 < lengths.expect(Query(2, pack(range(700)), tenant="new")) < 400
+
+
+def test_new_prefixes_go_to_the_emptiest_of_idle_workers() -> None:
+    """One request at a time: no queue tells workers apart, yet the caches fill evenly."""
+    cluster = Cluster(dict.fromkeys("abcd", 0.1))
+    now = 0.0
+    for number in range(200):
+        now += 1.0
+        cluster.send(now, number, number)
+    assert max(cluster.count.values()) <= 1.2 * min(cluster.count.values())

@@ -104,7 +104,7 @@ def test_the_policy_can_change_under_way() -> None:
     router.complete(ticket, Outcome(), 1.0)
     assert router.worker("a").in_flight == 0 and router.worker("a").load == 0
     assert old.health()["a"]["answers"] == 1
-    assert router.policy.snapshot()["a"]["observations"] == 0  # type: ignore[index]
+    assert router.policy.health()["a"]["answers"] == 0
 
 
 def test_prefixes_are_followed_after_routing() -> None:
@@ -141,11 +141,11 @@ def test_a_restore_leaves_reservations_alone() -> None:
     policy.restore(policy.snapshot())
     router.route(Query(1, pack(range(5000, 9000))), 5.0)
     router.complete(first, Outcome(), 5.0)
-    assert router.worker("a").load == pytest.approx(4.1)
+    assert router.worker("a").load == pytest.approx(4.32)
 
 
 def test_an_old_ticket_takes_nothing_from_a_worker_that_came_back() -> None:
-    for name in ("lbgr", "lbgr_reference"):
+    for name in ("lbgr_paper", "lbgr_reference"):
         policy = make_policy(name, rng=Random(0))
         router = Router(policy)
         router.add_worker("a")

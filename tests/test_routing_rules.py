@@ -141,7 +141,7 @@ def test_bad_parameters_are_named() -> None:
         make_policy("best")
     with pytest.raises(ValueError, match="cache_threshold must lie between 0 and 1, not 2"):
         make_policy("cache_aware", cache_threshold=2)
-    with pytest.raises(ValueError, match="objective must be latency or ttft"):
+    with pytest.raises(ValueError, match="objective must be one of ttft, latency, slo"):
         make_policy("lbgr", objective="cost")
     with pytest.raises(ValueError, match="forgetting"):
         make_policy("lbgr", forgetting=0)

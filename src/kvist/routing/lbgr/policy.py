@@ -30,6 +30,7 @@ from kvist.routing.rls import RecursiveLeastSquares
 
 OBJECTIVES = ("ttft", "latency", "slo")
 DECODERS = 0.5  # of a prefill's time is lost to each sequence that decodes beside it, for `latency`
+CLOSE, CLOSE_SECONDS = 0.05, 0.0025  # predictions that differ by less say nothing
 VERSION = 2
 
 
@@ -103,7 +104,7 @@ class LBGR(RoutingPolicy):
             work = miss + CONTEXT * miss * (cached + 0.5 * miss)  # prefill_work, inlined: it is in every loop
             used, drift = own.used, own.drift
             if not state.in_flight and answers - own.learned >= own.patience and work <= 4 * usual:
-                used, drift = fleet.fastest(own), 0.0  # not heard of for long: try it with something small
+                used, drift = fleet.fastest(own)  # not heard of for long: try it with something small
             base, per_work, per_cached, per_decode, per_over = used
             factor = exp(drift) if drift else 1.0
             pace = per_work * factor / 1000
@@ -138,7 +139,7 @@ class LBGR(RoutingPolicy):
         scores = [t + (price + e) * work for t, e, work in zip(told, extra, works, strict=True)]
         if self.objective == "slo":
             self._prefer_good(scores, firsts, works)
-        chosen = self._smallest(scores)
+        chosen = self._smallest(scores, works, candidates)
         candidate = candidates[chosen]
         return Decision(
             candidate.worker.id,
@@ -159,9 +160,22 @@ class LBGR(RoutingPolicy):
         for i, first in enumerate(firsts):
             scores[i] = pace * works[i] + 0.1 * first if first <= limit else first + 1000 * self.slo_ttft
 
-    def _smallest(self, scores: Sequence[float]) -> int:
-        best = min(scores)
-        ties = [i for i, score in enumerate(scores) if score == best]
+    def _smallest(
+        self, scores: Sequence[float], works: Sequence[float], candidates: Sequence[Candidate]
+    ) -> int:
+        """The smallest score; of those that cannot be told apart from it, one that saves work.
+
+        Where none saves much, the one with the emptiest cache: a new prefix pushes out least there, and the
+        requests that follow it are spread.
+        """
+        limit = min(scores) * (1.0 + CLOSE) + CLOSE_SECONDS
+        close = [i for i, score in enumerate(scores) if score <= limit]
+        if len(close) == 1:
+            return close[0]
+        limit = min(works[i] for i in close) + 0.1 * max(works)
+        close = [i for i in close if works[i] <= limit]
+        least = min(candidates[i].worker.cached_tokens for i in close)
+        ties = [i for i in close if candidates[i].worker.cached_tokens == least]
         return ties[0] if len(ties) == 1 else ties[int(self.rng.random() * len(ties))]
 
     def dispatched(self, ticket: Ticket, now: float) -> None:

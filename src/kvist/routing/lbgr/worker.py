@@ -22,7 +22,7 @@ from kvist.routing.rls import RecursiveLeastSquares
 PRIOR = (0.02, 0.08, 0.001, 0.002, 0.02)
 SPREAD = (0.3, 1.0, 0.02, 0.05, 0.3)
 BOUNDS = ((0.0, inf), (1e-5, inf), (0.0, inf), (0.0, inf), (0.0, inf))
-PACE = 1  # the coefficient that tells workers apart
+PACE, CACHED = 1, 2  # coefficients: seconds of 1000 tokens of work, and of 1000 cached tokens
 FLOOR = 0.02  # seconds that are added to both before predicted and actual are compared
 FAST = 0.05  # gain of the drift factor
 CHANGED = log(1.5)  # drift from which the worker is learned anew
@@ -146,18 +146,21 @@ class Fleet:
         noise = (1.25 * model.error) ** 2  # from the mean absolute error to the variance
         chance = noise * model.covariance[PACE][PACE]
         self._models.set(own.state.id, _first(own.used, PACE), chance)
-        own.used = tuple(_first(self._models.draw(own.state.id), PACE))
+        used = _first(self._models.draw(own.state.id), PACE)
+        used[CACHED] = min(used[CACHED], 0.5 * used[PACE])  # whatever the noise says
+        own.used = tuple(used)
         if self._fastest is own:
             self._fastest = None
         elif self._fastest is not None and own.used[PACE] < self._fastest.used[PACE]:
             self._fastest = own
 
-    def fastest(self, own: Worker) -> Coefficients:
-        """The best that a worker of this fleet is known to be, for one that must be tried."""
+    def fastest(self, own: Worker) -> tuple[Coefficients, float]:
+        """(coefficients, drift) of the fastest worker known, for one that must be tried."""
         if self._fastest is None:
             known = [worker for worker in self.workers.values() if worker.model.observations]
             self._fastest = min(known, key=lambda worker: worker.used[PACE], default=None)
-        return own.used if self._fastest is None else self._fastest.used
+        best = self._fastest or own
+        return best.used, best.drift
 
     def decoded(self, own: Worker, seconds: float) -> None:
         """The time of one further output token on this worker.
