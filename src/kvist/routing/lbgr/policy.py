@@ -43,6 +43,7 @@ class LBGR(RoutingPolicy):
         "forgetting": "weight of the past per observation (0.98)",
         "congestion": "weight of the price for delaying others (1.0); 0: selfish",
         "slo_ttft": "seconds to first token that objective `slo` must meet (2.0)",
+        "shortlist": "of more workers, so many are scored: longest prefixes, random others (64); 0: all",
     }
 
     def __init__(
@@ -52,6 +53,7 @@ class LBGR(RoutingPolicy):
         forgetting: float = 0.98,
         congestion: float = 1.0,
         slo_ttft: float = 2.0,
+        shortlist: int = 64,
         rng: Random | None = None,
     ) -> None:
         super().__init__(rng=rng)
@@ -61,6 +63,9 @@ class LBGR(RoutingPolicy):
             raise ValueError(f"congestion must be at least 0, not {congestion}")
         if not 0 < slo_ttft < inf:
             raise ValueError(f"slo_ttft must be above 0 seconds, not {slo_ttft}")
+        if shortlist < 0:
+            raise ValueError(f"shortlist must not be negative, not {shortlist}")
+        self.shortlist = shortlist
         self.objective = objective
         self.congestion = congestion
         self.forgetting = forgetting
@@ -111,6 +116,7 @@ class LBGR(RoutingPolicy):
             queue, late = 0.0, 0.0
             if state.waiting:
                 queue, late = own.queue.look(now, pace)
+            queue += 1000 * state.load_elsewhere
             over = 0.0
             if state.capacity:
                 over = own.held + miss + output - state.capacity
