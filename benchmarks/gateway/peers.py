@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,10 +44,10 @@ class Proxy:
             raise RuntimeError(f"{self.name}: {self.package} brought no program {script}")
         return str(script)
 
-    def start(self, program: str, workers: list[str]) -> tuple[Child, str]:
+    def start(self, program: str, workers: list[str], options: Sequence[str] = ()) -> tuple[Child, str]:
         """The process and its URL, once it answers. Raises RuntimeError."""
         port = free_port()
-        child = Child(self.name, self.command(program, port, workers))
+        child = Child(self.name, [*self.command(program, port, workers), *options])
         url = f"http://127.0.0.1:{port}"
         try:
             child.wait(lambda: answers(url))

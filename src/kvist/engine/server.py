@@ -22,6 +22,7 @@ from kvist.engine.kv_events import Publisher
 from kvist.engine.metrics import EngineMetrics
 from kvist.engine.request import Refused, Request
 from kvist.engine.responses import Response, messages
+from kvist.http.files import allow_many
 from kvist.http.garbage import Garbage
 from kvist.http.server import Connection, Connections, error_body
 from kvist.http.server import Request as HttpRequest
@@ -275,6 +276,7 @@ async def _tick(server: EngineServer, event: asyncio.Event, idle: float = 1.0) -
 
 def run(make: Callable[[], EngineServer], host: str, port: int, ready: Callable[[int], None]) -> None:
     """`serve` in an event loop of its own, uvloop where it is installed."""
+    allow_many()
     try:
         import uvloop
     except ModuleNotFoundError:

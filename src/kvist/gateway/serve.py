@@ -20,6 +20,7 @@ from kvist.gateway.discovery.discovery import Discovery
 from kvist.gateway.discovery.membership import Membership
 from kvist.gateway.exporter import Exporter
 from kvist.gateway.settings import Settings
+from kvist.http.files import allow_many
 from kvist.http.garbage import Garbage
 from kvist.http.server import Connection
 
@@ -163,6 +164,7 @@ def _reload(
 
 def run(settings: Settings, reload: Callable[[], Settings] | None = None) -> None:
     """`serve` in an event loop of its own, uvloop where it is installed."""
+    allow_many()
     try:
         import uvloop
     except ModuleNotFoundError:
