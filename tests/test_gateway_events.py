@@ -146,3 +146,59 @@ def test_bad_addresses_end_in_one_line() -> None:
         )
         assert done.returncode == 2, done
         assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_a_gateway_that_comes_late_has_the_past_replayed() -> None:
+    live, replay, other = free_ports(3)
+    worker = engine(f"--kv-events=tcp://127.0.0.1:{live}", f"--kv-events-replay=tcp://127.0.0.1:{replay}")
+    blind = engine(f"--kv-events=tcp://127.0.0.1:{other}")
+    old, new = chat("old " * 300, model="tiny", max_tokens=1), chat("new " * 300, model="tiny", max_tokens=1)
+    for each in (worker, blind):
+        assert call(each.url, "/v1/chat/completions", old)[0] == 200
+    options = ("--tokenizer=embedded", f"--kv-events={live}", f"--kv-events-replay={replay}")
+    with running([worker], *options) as gateway:
+        for body in (new, old):
+            assert call(gateway.url, "/v1/chat/completions", body)[0] == 200
+            wait_for(lambda: knows(gateway) == ["exact"])
+        first, second = state(gateway.url)["recent"]
+        assert (first["cached"], first["cached_true"]) == (0, 0)
+        assert second["cached"] == second["cached_true"] > 200, "stored before the gateway was there"
+        assert metric(gateway.url, "kvist_kv_events_replays_total") == 1
+        spec = {"url": blind.url, "kv_events": f"tcp://127.0.0.1:{other}", "kv_events_replay": ""}
+        assert call(gateway.url, "/workers", spec)[0] == 201
+        assert call(gateway.url, f"/workers/{worker.url}", method="DELETE")[0] == 200
+        wait_for(lambda: [row["id"] for row in state(gateway.url)["workers"]] == [blind.url])
+        for body in (new, new):
+            assert call(gateway.url, "/v1/chat/completions", body)[0] == 200
+            settle(gateway)
+        assert knows(gateway) == ["partial"], "without a replay a part is all that is known"
+        entry = state(gateway.url)["recent"][-1]
+        assert entry["cached"] == entry["cached_true"] > 200
+    blind.stop()
+
+
+def test_an_engine_that_starts_again_is_empty() -> None:
+    http, live = free_ports(2)
+    options = (f"--port={http}", f"--kv-events=tcp://127.0.0.1:{live}")
+    body = chat("again " * 300, model="tiny", max_tokens=1)
+    first = engine(*options)
+    with running([first], "--tokenizer=embedded", f"--kv-events={live}", "--retry-max-retries=0") as gateway:
+        for _ in range(2):
+            assert call(gateway.url, "/v1/chat/completions", body)[0] == 200
+        wait_for(lambda: knows(gateway) == ["exact"])
+        assert state(gateway.url)["recent"][-1]["cached"] > 200
+        first.process.kill()
+        wait_for(lambda: knows(gateway) == ["silent"])
+        second = engine(*options)
+        try:
+            wait_for(lambda: call(second.url, "/health")[0] == 200)
+            time.sleep(0.5)  # the subscription connects again
+            other = chat("something else " * 100, model="tiny", max_tokens=1)
+            assert call(gateway.url, "/v1/chat/completions", other)[0] == 200
+            wait_for(lambda: knows(gateway) == ["exact"])
+            assert metric(gateway.url, "kvist_kv_events_restarts_total") == 1
+            assert call(gateway.url, "/v1/chat/completions", body)[0] == 200
+            entry = state(gateway.url)["recent"][-1]
+            assert (entry["cached"], entry["cached_true"]) == (0, 0), "what the first one held is forgotten"
+        finally:
+            second.stop()
