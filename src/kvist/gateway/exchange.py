@@ -33,6 +33,7 @@ HOP = frozenset(
 DROPPED = HOP | {b"host", b"content-length", b"transfer-encoding", b"expect", b"authorization"}
 JSON = b"application/json"
 REQUEST_ID = b"x-request-id"
+TELLS_CACHED = frozenset({"/v1/chat/completions", "/v1/completions"})  # where usage counts cached tokens
 _TAIL = 1024  # bytes at the end of an answer in which `usage` is looked for
 _USAGE = re.compile(
     rb'"(prompt_tokens|completion_tokens|cached_tokens|input_tokens|output_tokens)"\s*:\s*(\d+)'
@@ -367,11 +368,17 @@ class Exchange:
         outcome.output_tokens = usage.get(b"completion_tokens", usage.get(b"output_tokens", 0))
         cached = usage.get(b"cached_tokens")
         prompt = usage.get(b"prompt_tokens", usage.get(b"input_tokens", 0))
-        if cached is None or not prompt or self.ticket is None or self.worker is None:
+        if not prompt or self.ticket is None or self.worker is None:
             return
-        scale = self.query.length / prompt
         if self.tokenised:
             self.gateway.metrics.token_counts[self.query.length == prompt] += 1
+        if cached is not None:
+            self.worker.tells_cached = True
+        elif self.worker.tells_cached and self.request.path in TELLS_CACHED:
+            cached = 0  # older vLLM leaves a zero out
+        else:
+            return
+        scale = self.query.length / prompt
         outcome.cached_tokens = round(cached * scale)
         metrics = self.gateway.metrics.worker(self.worker.id)
         metrics.cached_true += cached

@@ -29,6 +29,7 @@ class Worker:
         self.models: frozenset[str] = frozenset()  # empty: not known yet, takes any
         self.adapters: frozenset[str] = frozenset()  # those of the models that are LoRA adapters
         self.report: Report | None = None  # its latest /metrics, where they are read
+        self.tells_cached = False  # its answers' usage counts cached tokens
         self.healthy = True
         self.draining = False
         self.checks = 0  # in a row, of the kind that would change `healthy`
