@@ -40,11 +40,19 @@ def alive(pid: int) -> bool:
 
 
 class Launch:
-    def __init__(self, *options: str, mode: str = "") -> None:
+    def __init__(
+        self,
+        *options: str,
+        mode: str = "",
+        model: str = "tiny",
+        command: str = FAKE,
+        tokenizer: str = "embedded",
+    ) -> None:
         self.url = f"http://127.0.0.1:{(port := free_port())}"
-        words = ["launch", "--model=tiny", f"--port={port}", "--worker-port=0", f"--engine-command={FAKE}"]
+        words = ["launch", f"--model={model}", f"--port={port}", "--worker-port=0"]
+        words += [f"--engine-command={command}", f"--tokenizer={tokenizer}"]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "kvist", *words, "--tokenizer=embedded", *options],
+            [sys.executable, "-m", "kvist", *words, *options],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

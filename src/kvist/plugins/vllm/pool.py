@@ -38,10 +38,11 @@ class PolicyBlockPool(BlockPool):  # type: ignore[misc]
         """A request starts, with these cached blocks as its prefix."""
         tree, nodes = self.cached, self._nodes
         tree.begin()
+        hit, now = tree.eviction.hit, tree.now
         for block in computed:
             node = nodes[block.block_id]
             if node is not None:
-                tree.hit(node)
+                hit(node, now)
 
     def touch(self, blocks: Sequence[Any]) -> None:
         for block in blocks:
@@ -93,7 +94,7 @@ class PolicyBlockPool(BlockPool):  # type: ignore[misc]
             else:
                 spare = node.block
                 tree.use(node)
-                tree.touch(node)
+                tree.eviction.touch(node, tree.now)
                 if spare is not None:
                     self._blank_out(spare)
             nodes[block.block_id] = parent = node
@@ -103,15 +104,14 @@ class PolicyBlockPool(BlockPool):  # type: ignore[misc]
         super().free_blocks(blocks)
         tree, nodes = self.cached, self._nodes
         tree.now += 1
+        touch, now, rest = tree.eviction.touch, tree.now, tree.rest
         for block in blocks:
-            if block.is_null:
-                continue
             node = nodes[block.block_id]
             if node is None:
-                self._blank += block.ref_cnt == 0
+                self._blank += block.ref_cnt == 0 and not block.is_null
                 continue
-            tree.touch(node)
-            if block.ref_cnt == 0 and not tree.rest(node, block):
+            touch(node, now)
+            if block.ref_cnt == 0 and not rest(node, block):
                 self._blank_out(block)
 
     def evict_blocks(self, block_ids: set[int]) -> None:
@@ -137,6 +137,8 @@ class PolicyBlockPool(BlockPool):  # type: ignore[misc]
 
     def _emit_block_removed_events(self, block_hashes: list[Any]) -> None:
         """Only when the last copy goes: listeners keep a set of hashes."""
+        if not self.enable_kv_cache_events:
+            return
         held = self.cached_block_hash_to_block
         super()._emit_block_removed_events([h for h in block_hashes if held.get_one_block(h) is None])
 
@@ -164,8 +166,7 @@ class PolicyManager(FullAttentionManager):  # type: ignore[misc]
         self.block_pool.serve(new_computed_blocks)
         super().add_local_computed_blocks(request_id, new_computed_blocks, *args, **kwargs)
 
-    def allocate_new_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> list[Any]:
-        if not self.req_to_blocks.get(request_id):
+    def allocate_new_blocks(self, request_id: str, *args: Any) -> Any:
+        if request_id not in self.req_to_blocks:
             self.block_pool.serve(())  # a request without hits
-        blocks: list[Any] = super().allocate_new_blocks(request_id, *args, **kwargs)
-        return blocks
+        return super().allocate_new_blocks(request_id, *args)

@@ -43,9 +43,6 @@ class BlockTree(PrefixCache):
         self.now += 1
         self.eviction.begin(None, self.now)
 
-    def hit(self, node: BlockNode) -> None:
-        self.eviction.hit(node, self.now)
-
     def child(self, parent: BlockNode | None, name: bytes) -> BlockNode | None:
         """The cached block `name` behind `parent` (None: at the root)."""
         found = (parent or self.tree.root).children.get(name)
@@ -73,10 +70,6 @@ class BlockTree(PrefixCache):
             self.tree.locked += 1
             node.block = None
         node.locks += 1
-
-    def touch(self, node: BlockNode) -> None:
-        """The block was used or computed by a request, without being a hit."""
-        self.eviction.touch(node, self.now)
 
     def rest(self, node: BlockNode, block: Any) -> bool:
         """`block`, a copy in use, became free. False: another copy is in use, this one is worth nothing."""
