@@ -21,6 +21,7 @@ from kvist.cache.cache import Match
 from kvist.model import pack
 from kvist.plugins import Unsupported
 from kvist.plugins.vllm import install
+from kvist.plugins.vllm.tree import NAME, entries
 from kvist.prefix.tree import Node
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-engines runs this")
@@ -197,9 +198,24 @@ class Pair:
         assert all(known.contain(block.block_hash, block.block_id) for block in cached)
         twins = Counter(block.block_hash for block in free if block.block_hash)
         assert all(count == 1 for count in twins.values()), "one free copy at most"
-        assert all(pool._nodes[block.block_id].first == block.block_hash for block in cached)
+        assert all(pool._held[block.block_id].node is not None for block in cached)
+        self.check_tree(tree.tree.root)
         assert tree.evicted_blocks == core.evicted_blocks
         self.listen(names)
+
+    def check_tree(self, root: Node) -> None:
+        """Entries stand in their nodes, by name, and a node's blocks are all in use or all free."""
+        stack = list(root.children.values())
+        while stack:
+            node = stack.pop()
+            stack += node.children.values()
+            if node.slot >= 0:
+                self.pool.cached.eviction.settle(node)
+            assert len(entries(node)) == node.size > 0
+            for i, entry in enumerate(entries(node)):
+                assert entry.node is node and (entry.copies > 0) == (node.locks > 0) == (entry.block is None)
+                name = node.key[i * NAME : (i + 1) * NAME]
+                assert entry.block is None or entry.block.block_hash[:NAME] == name
 
     def listen(self, names: set[Any]) -> None:
         """Whoever keeps a set of hashes by the KV events has exactly what is cached, on both sides."""
@@ -309,48 +325,115 @@ def test_a_request_without_hits_protects_nothing_of_the_one_before_it() -> None:
     assert kept[True] > 5 and kept[False] > 5
 
 
-def test_a_block_lost_in_the_middle_leaves_the_rest_in_order() -> None:
-    """evict_blocks (a connector's failed load) takes a block whatever stands behind it; nothing leaks."""
-    for policy in ONLINE:
-        manager = make_manager(8, policy, events=True)
-        pool = manager.block_pool
-        first = make_request(tokens_of([0, 1, 2, 3], 1))
-        manager.allocate_slots(first, 17)
-        ids = [block.block_id for block in manager.get_blocks(first.request_id).blocks[0]]
-        manager.evict_blocks({ids[1]})  # in use
-        manager.free(first)
-        manager.evict_blocks({ids[0]})  # free
-        assert pool.get_num_free_blocks() == 8 and pool._blank == 6
-        assert pool.cached.tree.total == len(pool.cached_block_hash_to_block) == 2
-        again = make_request(tokens_of([0, 1, 2, 3], 1))
-        blocks, hit, _ = manager.get_computed_blocks(again)
-        assert hit == 0
-        manager.allocate_slots(again, 17, hit, blocks)  # the orphans get twins
-        manager.free(again)
-        other = make_request(tokens_of([5, 6, 7, 8, 9, 5, 6, 7], 0))
-        assert manager.allocate_slots(other, 32) is not None, "every free block can be had"
-        assert pool.get_num_free_blocks() == 0 and pool.cached.tree.total == 8
-        manager.free(other)
-        assert manager.reset_prefix_cache() and pool._blank == 8
+@pytest.mark.parametrize("policy", ONLINE)
+def test_what_stands_behind_a_lost_block_goes_with_it(policy: str) -> None:
+    """evict_blocks (a connector's failed load) takes blocks in use or free; nothing leaks."""
+    manager = make_manager(8, policy, events=True)
+    pool = manager.block_pool
+    first = make_request(tokens_of([0, 1, 2, 3], 1))
+    manager.allocate_slots(first, 17)
+    ids = [block.block_id for block in manager.get_blocks(first.request_id).blocks[0]]
+    manager.evict_blocks({ids[1]})  # in use
+    assert pool.cached.tree.total == 1
+    first.append_output_token_ids([7] * BLOCK)  # what is computed behind it cannot be hit either
+    first.num_computed_tokens = 17
+    assert manager.allocate_slots(first, BLOCK) is not None
+    assert pool.cached.tree.total == 1
+    manager.free(first)
+    assert pool.get_num_free_blocks() == 8 and pool._blank == 7
+    assert len(pool.cached_block_hash_to_block) == 1
+    again = make_request(tokens_of([0, 1, 2, 3], 1))
+    blocks, hit, _ = manager.get_computed_blocks(again)
+    assert hit == BLOCK
+    manager.allocate_slots(again, 17 - hit, hit, blocks)
+    manager.free(again)
+    manager.evict_blocks({ids[0]})  # free, and three more behind it
+    assert pool._blank == 8 and pool.cached.tree.total == len(pool.cached_block_hash_to_block) == 0
+    other = make_request(tokens_of([5, 6, 7, 8, 9, 5, 6, 7], 0))
+    assert manager.allocate_slots(other, 32) is not None, "every free block can be had"
+    assert pool.get_num_free_blocks() == 0 and pool.cached.tree.total == 8
+    manager.free(other)
+    assert manager.reset_prefix_cache() and pool._blank == 8
 
 
-def test_a_pinned_block_behind_a_free_one_never_blocks_allocation() -> None:
+@pytest.mark.parametrize("policy", ONLINE)
+def test_a_pinned_block_behind_a_free_one_never_blocks_allocation(policy: str) -> None:
     """A connector may hold single blocks: no policy offers their prefix, and vLLM still gets every block."""
-    for policy in ONLINE:
+    for pinned in (0, 1, 2):
         manager = make_manager(4, policy, events=True)
         pool = manager.block_pool
         first = make_request(tokens_of([0, 1, 2], 1))
         manager.allocate_slots(first, 13)
-        last = manager.get_blocks(first.request_id).blocks[0][2]
-        pool.touch([last])
+        block = manager.get_blocks(first.request_id).blocks[0][pinned]
         manager.free(first)
-        assert pool.get_num_free_blocks() == 3
+        pool.touch([block])
+        assert pool.get_num_free_blocks() == 3 and pool.cached.tree.locked == 1
         other = make_request(tokens_of([5, 6, 7], 0))
         assert manager.allocate_slots(other, 12) is not None
-        pool.free_blocks([last])
+        pool.free_blocks([block])
         manager.free(other)
         free = pool.free_block_queue.get_all_free_blocks()
-        assert len(free) == 4 and pool.cached.tree.total == 4 and pool.cached.tree.locked == 0
+        assert len(free) == 4 and pool.cached.tree.locked == 0
+        assert pool.cached.tree.total == len(pool.cached_block_hash_to_block) == 4 - pool._blank
+        assert pool.cached.tree.total == (4 if pinned == 0 else 3)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), policy=st.sampled_from(ONLINE), plan=steps, blocks=st.integers(2, 10))
+def test_pins_and_losses_anywhere_break_no_invariant(data: Any, policy: str, plan: Any, blocks: int) -> None:
+    """Connectors touch, free and evict single blocks between all other steps."""
+    manager = make_manager(blocks, policy, seed=1, events=True)
+    pool = manager.block_pool
+    running: list[Any] = []
+    pins: list[Any] = []
+    for step, prompt, tail, number in plan:
+        if step == "start" and (prompt or tail):
+            request = make_request(tokens_of(prompt, tail))
+            computed, hit, _ = manager.get_computed_blocks(request)
+            if manager.allocate_slots(request, request.num_tokens - hit, hit, computed) is not None:
+                request.num_computed_tokens = request.num_tokens
+                running.append(request)
+        elif step == "go on" and running:
+            request = running[number % len(running)]
+            request.append_output_token_ids([5] * number)
+            if manager.allocate_slots(request, request.num_tokens - request.num_computed_tokens) is not None:
+                request.num_computed_tokens = request.num_tokens
+            else:
+                running.remove(request)
+                manager.free(request)
+        elif step == "finish" and running:
+            manager.free(running.pop(number % len(running)))
+        elif step == "reset":
+            what = data.draw(st.sampled_from(["pin", "unpin", "evict"]))
+            cached = [block for block in pool.blocks if block.block_hash is not None]
+            if what == "pin" and cached:
+                pins.append(cached[number % len(cached)])
+                pool.touch([pins[-1]])
+            elif what == "unpin" and pins:
+                pool.free_blocks([pins.pop(number % len(pins))])
+            elif what == "evict" and cached:
+                manager.evict_blocks({cached[number % len(cached)].block_id})
+        free = pool.free_block_queue.get_all_free_blocks()
+        assert len(free) == pool.get_num_free_blocks()
+        hashed = [block.block_hash is not None for block in free]
+        assert hashed == sorted(hashed) and pool._blank == hashed.count(False)
+        tree = pool.cached
+        seen, stack = [0, 0], list(tree.tree.root.children.values())
+        while stack:
+            node = stack.pop()
+            stack += node.children.values()
+            if node.slot >= 0:
+                tree.eviction.settle(node)
+            assert all(entry.node is node for entry in entries(node)) and len(entries(node)) == node.size
+            seen[0] += node.size
+            seen[1] += node.size * (node.locks > 0)
+        assert seen == [tree.tree.total, tree.tree.locked]
+        assert sum(hashed) == tree.tree.total - tree.tree.locked
+    for request in running:
+        manager.free(request)
+    pool.free_blocks(pins)
+    last = make_request(tokens_of(list(range(50, 50 + blocks)), 0))
+    assert manager.allocate_slots(last, blocks * BLOCK) is not None, "every block can be had again"
 
 
 def test_what_is_not_supported_is_refused_by_name() -> None:

@@ -17,7 +17,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from kvist.cache import EvictionPolicy
 from kvist.plugins.vllm.report import Report
-from kvist.plugins.vllm.tree import BlockNode, BlockTree
+from kvist.plugins.vllm.tree import NAME, BlockTree, Cached
 
 
 class PolicyBlockPool(BlockPool):  # type: ignore[misc]
@@ -25,49 +25,46 @@ class PolicyBlockPool(BlockPool):  # type: ignore[misc]
 
     cached: BlockTree
     report: Report
-    _nodes: list[BlockNode | None]  # by block id: what a cached block holds
+    _held: list[Cached | None]  # by block id: what a cached block holds
     _blank: int
 
     def adopt(self, policy: EvictionPolicy, say: Callable[[str], None]) -> None:
-        self.cached = BlockTree(max(self.num_gpu_blocks - 1, 1), policy, self.hash_block_size)
+        self.cached = BlockTree(max(self.num_gpu_blocks - 1, 1), policy)
         self.report = Report(self.cached, say)
-        self._nodes = [None] * self.num_gpu_blocks
+        self._held = [None] * self.num_gpu_blocks
         self._blank = self.free_block_queue.num_free_blocks
 
     def serve(self, computed: Sequence[Any]) -> None:
         """A request starts, with these cached blocks as its prefix."""
-        tree, nodes = self.cached, self._nodes
-        tree.begin()
-        hit, now = tree.eviction.hit, tree.now
-        for block in computed:
-            node = nodes[block.block_id]
-            if node is not None:
-                hit(node, now)
+        self.cached.start(b"".join([block.block_hash[:NAME] for block in computed]))
 
     def touch(self, blocks: Sequence[Any]) -> None:
+        taken = []
         for block in blocks:
             if block.ref_cnt == 0 and not block.is_null:
-                node = self._nodes[block.block_id]
-                if node is None:
+                cached = self._held[block.block_id]
+                if cached is None:
                     self._blank -= 1
                 else:
-                    self.cached.use(node)
+                    taken.append(cached)
         super().touch(blocks)
+        self.cached.use(taken)
 
     def get_new_blocks(self, num_blocks: int) -> list[Any]:
         lacking = num_blocks - self._blank
         if lacking > 0 and num_blocks <= self.free_block_queue.num_free_blocks:
             victims = self.cached.victims(lacking)
             for block in victims:
-                self._nodes[block.block_id] = None
+                self._held[block.block_id] = None
                 self.free_block_queue.remove(block)
             self.free_block_queue.prepend_n(victims)
             self.report.evicted()
-            # Fewer victims than lacking: a connector holds a block whose prefix is free. Then vLLM takes what
-            # has been free longest, and `_maybe_evict_cached_block` tells the tree.
             self._blank += len(victims)
+            # Fewer victims than lacking: a connector holds a block whose prefix is free.
+            while self._blank < num_blocks:
+                self._force()
         got: list[Any] = super().get_new_blocks(num_blocks)
-        self._blank = max(self._blank - num_blocks, 0)
+        self._blank -= num_blocks
         return got
 
     def cache_full_blocks(
@@ -80,59 +77,58 @@ class PolicyBlockPool(BlockPool):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         super().cache_full_blocks(request, blocks, num_cached_blocks, num_full_blocks, *args, **kwargs)
-        tree, nodes = self.cached, self._nodes
-        tree.now += 1
-        parent = nodes[blocks[num_cached_blocks - 1].block_id] if num_cached_blocks else None
-        for block in blocks[num_cached_blocks:num_full_blocks]:
-            name = block.block_hash
-            if name is None:
-                parent = None
-                continue
-            node = tree.child(parent, name)
-            if node is None:
-                node = tree.grow(parent, name)
-            else:
-                spare = node.block
-                tree.use(node)
-                tree.eviction.touch(node, tree.now)
-                if spare is not None:
-                    self._blank_out(spare)
-            nodes[block.block_id] = parent = node
+        held, parent = self._held, None
+        if num_cached_blocks:
+            parent = held[blocks[num_cached_blocks - 1].block_id]
+            if parent is None or parent.node is None:
+                return  # behind a block that was lost: nobody can hit these
+        new = blocks[num_cached_blocks:num_full_blocks]
+        found, spare = self.cached.store(parent, b"".join([block.block_hash[:NAME] for block in new]))
+        for block, cached in zip(new, found, strict=True):
+            held[block.block_id] = cached
+        self._blank_out(spare)
 
     def free_blocks(self, ordered_blocks: Iterable[Any]) -> None:
         blocks = list(ordered_blocks)
         super().free_blocks(blocks)
-        tree, nodes = self.cached, self._nodes
-        tree.now += 1
-        touch, now, rest = tree.eviction.touch, tree.now, tree.rest
+        path, freed, spare = [], [], []
         for block in blocks:
-            node = nodes[block.block_id]
-            if node is None:
-                self._blank += block.ref_cnt == 0 and not block.is_null
-                continue
-            touch(node, now)
-            if block.ref_cnt == 0 and not rest(node, block):
-                self._blank_out(block)
+            cached = self._held[block.block_id]
+            if cached is not None and cached.node is not None:
+                path.append(cached)
+                if block.ref_cnt == 0:
+                    freed.append((cached, block))
+            elif block.ref_cnt == 0 and not block.is_null:
+                if block.block_hash is None:
+                    self._blank += 1
+                else:
+                    spare.append(block)
+        self.cached.touch(path)
+        self._blank_out(spare + self.cached.rest(freed))
 
     def evict_blocks(self, block_ids: set[int]) -> None:
-        free = [i for i in block_ids if self._nodes[i] is not None and self.blocks[i].ref_cnt == 0]
-        super().evict_blocks(block_ids)
-        for block_id in free:
-            self._to_front(self.blocks[block_id])
+        held = self.cached_block_hash_to_block
+        for block_id in block_ids:
+            block = self.blocks[block_id]
+            cached = block.block_hash is not None and held.contain(block.block_hash, block_id)
+            super().evict_blocks({block_id})
+            if cached and block.ref_cnt == 0:
+                self._to_front(block)
 
     def reset_prefix_cache(self) -> bool:
         if not super().reset_prefix_cache():
             return False
         self.cached.reset()
-        self._nodes = [None] * self.num_gpu_blocks
+        self._held = [None] * self.num_gpu_blocks
         self._blank = self.free_block_queue.num_free_blocks
         return True
 
     def _maybe_evict_cached_block(self, block: Any) -> bool:
-        node = self._nodes[block.block_id]
-        if node is not None:
-            self._nodes[block.block_id] = None
-            self.cached.lose(node, block)
+        cached = self._held[block.block_id]
+        if cached is not None:
+            self._held[block.block_id] = None
+            if cached.node is not None:
+                self._blank_out(self.cached.lose(cached, block))
         return bool(super()._maybe_evict_cached_block(block))
 
     def _emit_block_removed_events(self, block_hashes: list[Any]) -> None:
@@ -142,11 +138,19 @@ class PolicyBlockPool(BlockPool):  # type: ignore[misc]
         held = self.cached_block_hash_to_block
         super()._emit_block_removed_events([h for h in block_hashes if held.get_one_block(h) is None])
 
-    def _blank_out(self, block: Any) -> None:
-        """Forget what a free block holds: another copy is in use."""
-        self._nodes[block.block_id] = None
-        self._maybe_evict_cached_block(block)
-        self._to_front(block)
+    def _force(self) -> None:
+        """Take the block that has been free longest, of those that no policy offers."""
+        for block in self.free_block_queue.iter_blocks_after(None):
+            if block.block_hash is not None:
+                self.evict_blocks({block.block_id})
+                return
+
+    def _blank_out(self, blocks: Iterable[Any]) -> None:
+        """Forget what free blocks hold: other copies are in use, or nobody can hit them."""
+        for block in blocks:
+            self._held[block.block_id] = None
+            self._maybe_evict_cached_block(block)
+            self._to_front(block)
 
     def _to_front(self, block: Any) -> None:
         """A free block lost its hash: it is the first to be used again."""

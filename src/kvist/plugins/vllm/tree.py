@@ -1,121 +1,231 @@
-"""vLLM's cached blocks as the core's policies see them: a tree with one node a block.
+"""vLLM's cached blocks in the core's own prefix cache, with what vLLM needs to find them again.
 
-A block's parent is the block before it in the request that cached it. A node is locked while any physical
-copy of its block is in use (vLLM computes a block again when a request needs its last token, or when two
-requests compute the same prefix at once), and at most one copy is free: the pool drops the others.
+A block's name in the tree is the front of its chained hash, so a request's blocks are a path, and nodes hold
+runs of blocks as they do for tokens; splits, hits and evictions are the core's. Where a node of the core
+keeps block hashes, it keeps `Cached` entries here.
 
-Every operation costs O(1) a block. The tree knows nothing of vLLM; `block` is what the host hands in.
+vLLM counts references a block, the core locks paths. Both agree as long as all blocks of a node are in use or
+all are free, so a node is split where that would change within it. vLLM may hold a block in several physical
+copies (two requests compute one prefix at once, or a prompt's last block anew); all but one free copy are
+worth nothing, and the pool is told to drop them. Cost is O(1) a block.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from kvist.cache import EvictionPolicy, PrefixCache
+from kvist.cache import EvictionPolicy, Match, PrefixCache
 from kvist.cache.events import CacheEvent
 from kvist.prefix.tree import Node
 
+NAME = 16  # bytes of a block's hash that name it
 
-class BlockNode(Node):
-    """One cached block. `block`: its free copy, None while it has none. `locks`: copies in use."""
 
-    __slots__ = ("block",)
+class Cached:
+    """A cached block: its node (None once it is gone), copies in use, and its free copy if there is none."""
 
-    def __init__(self, name: bytes, parent: Node) -> None:
-        super().__init__(b"", 1, name, parent)
+    __slots__ = ("block", "copies", "node")
+
+    def __init__(self, node: Node) -> None:
+        self.node: Node | None = node
+        self.copies = 0
         self.block: Any = None
 
 
+class _Watch:
+    """The tree's observer: keeps `Cached.node` right, and passes everything on to the policy."""
+
+    def __init__(self, policy: EvictionPolicy) -> None:
+        self.candidate, self.retract = policy.candidate, policy.retract
+        self.remove, self.settle = policy.remove, policy.settle
+        self._split = policy.split
+
+    def split(self, upper: Node, lower: Node) -> None:
+        for cached in entries(upper):
+            cached.node = upper
+        self._split(upper, lower)
+
+
+def entries(node: Node) -> list[Cached]:
+    """What a node holds, root side first."""
+    return node.hashes or []  # type: ignore[return-value]
+
+
 def _unheard(event: CacheEvent) -> None:
-    """The engine sends KV events of its own; that somebody listens makes policies report each removal."""
+    """The engine has KV events of its own; that somebody listens makes the core keep entries."""
 
 
 class BlockTree(PrefixCache):
-    """`blocks` blocks of `block_size` tokens under a policy. `now` counts the calls that use blocks."""
+    """`blocks` blocks under a policy; lengths are in blocks. `now` counts the calls that use blocks."""
 
-    def __init__(self, blocks: int, eviction: EvictionPolicy, block_size: int) -> None:
-        super().__init__(blocks * block_size, eviction, block_size=block_size, unit=1, on_event=_unheard)
+    def __init__(self, blocks: int, eviction: EvictionPolicy) -> None:
+        super().__init__(blocks, eviction, block_size=1, unit=NAME, on_event=_unheard)
+        self.tree.observer = _Watch(eviction)
         self.now = 0
-        self._victims: list[Any] = []
+        self._gone: list[Cached] = []
 
-    def begin(self) -> None:
-        """A request is about to be served: its hits, then its allocations follow."""
+    def start(self, path: bytes) -> None:
+        """A request starts, and hits the blocks of `path` (their names, one behind the other)."""
         self.now += 1
-        self.eviction.begin(None, self.now)
+        self.match(path, self.now)
 
-    def child(self, parent: BlockNode | None, name: bytes) -> BlockNode | None:
-        """The cached block `name` behind `parent` (None: at the root)."""
-        found = (parent or self.tree.root).children.get(name)
-        assert found is None or isinstance(found, BlockNode)
-        return found
+    def store(self, parent: Cached | None, path: bytes) -> tuple[list[Cached], list[Any]]:
+        """Blocks were computed behind `parent` (None: at the root) and are in use now.
 
-    def grow(self, parent: BlockNode | None, name: bytes) -> BlockNode:
-        """A block was computed behind `parent`: a new node, with one copy in use."""
-        tree, above = self.tree, parent or self.tree.root
-        if not above.children and not above.locks:
-            self.eviction.retract(above)
-        node = BlockNode(name, above)
-        node.locks = 1
-        above.children[name] = node
-        tree.total += 1
-        tree.locked += 1
-        self.eviction.insert(node, self.now)
-        return node
+        Their entries, and the free copies of those that were cached already, which are worth nothing now.
+        """
+        self.now += 1
+        below = self.tree.root if parent is None else self._ending_with(parent)
+        inserted = self.insert(path, self.now, below=Match(below, 0))
+        chain, node = [], inserted.node
+        while node is not below:
+            chain.append(node)
+            assert node.parent is not None
+            node = node.parent
+        found: list[Cached] = []
+        spare = []
+        for node in chain:
+            if not node.locks:
+                spare += [cached.block for cached in entries(node) if cached.block is not None]
+                self._lock(node)
+        for node in reversed(chain):
+            found += entries(node)
+        for cached in found:
+            cached.copies += 1
+            cached.block = None
+        return found, spare
 
-    def use(self, node: BlockNode) -> None:
-        """A copy of the block came into use: the free one, or a new one beside it."""
-        if not node.locks:
-            if not node.children:
-                self.eviction.retract(node)
-            self.tree.locked += 1
-            node.block = None
-        node.locks += 1
+    def use(self, taken: Sequence[Cached]) -> None:
+        """Free blocks came into use, root side first."""
+        for cached in taken:
+            cached.copies = 1
+            cached.block = None
+        for node in self._nodes(taken, first=0, last=-1):
+            self._lock(node)
 
-    def rest(self, node: BlockNode, block: Any) -> bool:
-        """`block`, a copy in use, became free. False: another copy is in use, this one is worth nothing."""
-        node.locks -= 1
-        if node.locks:
-            return False
-        self.tree.locked -= 1
-        node.block = block
-        if not node.children:
-            self.eviction.candidate(node)
-        return True
+    def touch(self, path: Iterable[Cached]) -> None:
+        """A request that used these blocks ends now, with what `rest` is told next."""
+        self.now += 1
+        touch, now, last = self.eviction.touch, self.now, None
+        for cached in path:
+            node = cached.node
+            if node is not last and node is not None:
+                touch(node, now)
+                last = node
+
+    def rest(self, freed: Iterable[tuple[Cached, Any]]) -> list[Any]:
+        """Physical copies that nobody uses any more, leaf side first; of them those worth nothing."""
+        spare, idle = [], []
+        for cached, block in freed:
+            cached.copies -= 1
+            if cached.copies:
+                spare.append(block)
+            else:
+                cached.block = block
+                idle.append(cached)
+        for node in self._nodes(idle, first=-1, last=0):
+            node.locks = 0
+            self.tree.locked -= node.size
+            self.tree.offer(node)
+        return spare
 
     def victims(self, blocks: int) -> list[Any]:
-        """Evict up to `blocks` blocks by the policy; the copies that are free now, in order of eviction."""
+        """Evict up to `blocks` blocks by the policy; the copies that are free now."""
         self.evict(blocks)
-        found, self._victims = self._victims, []
+        found = [cached.block for cached in self._gone]
+        self._gone.clear()
         return found
 
-    def lose(self, node: BlockNode, block: Any) -> None:
-        """`block` stopped being a copy of its node's block, whatever the policy thinks of it.
+    def lose(self, cached: Cached, block: Any) -> list[Any]:
+        """`block` holds nothing any more, whatever the policy thinks of it.
 
-        Blocks behind it stay, at the root: they can be hit again once their parent is computed again.
+        With its last copy goes all that was cached behind it: the free copies among that.
         """
-        in_use = node.block is not block
-        if in_use and node.locks > 1:
-            node.locks -= 1
-            return
-        tree, policy, parent = self.tree, self.eviction, node.parent
+        if cached.copies > 1:
+            cached.copies -= 1
+            return []
+        node = self._starting_with(cached)
+        parent, order, stack = node.parent, [], [node]
         assert parent is not None
-        if node.locks:
-            tree.locked -= 1
-        elif not node.children:
-            policy.retract(node)
-        for child in node.children.values():
-            child.first = b"orphan %d" % id(child)
-            child.parent = tree.root
-            tree.root.children[child.first] = child
-        node.children = {}
-        node.block = node.parent = None
-        del parent.children[node.first]
-        tree.total -= 1
-        policy.remove(node)
-        if not parent.children and not parent.locks:
-            policy.candidate(parent)
+        while stack:
+            at = stack.pop()
+            order.append((at, not at.children and not at.locks))
+            stack.extend(at.children.values())
+        for at, candidate in reversed(order):
+            self._drop(at, candidate)
+        gone, self._gone = self._gone, []
+        if parent.parent is not None:
+            self.tree.offer(parent)
+        return [other.block for other in gone if other.block is not None and other is not cached]
+
+    # What the core asks of a cache.
+
+    def release(self, blocks: int) -> None:
+        """Blocks outside the tree are vLLM's business."""
 
     def removed(self, node: Node, keep: int) -> None:
-        if not keep and isinstance(node, BlockNode) and node.block is not None:
-            self._victims.append(node.block)
-            node.block = None
+        held = entries(node)
+        for cached in reversed(held[keep:]):
+            cached.node = None
+            self._gone.append(cached)
+        del held[keep:]
+
+    def _stored(self, node: Node, parent: Node, salt: bytes) -> None:
+        node.hashes = [Cached(node) for _ in range(node.size)]  # type: ignore[misc]
+
+    # Nodes whose blocks are all in use, or all free.
+
+    def _lock(self, node: Node) -> None:
+        if not node.children:
+            self.eviction.retract(node)
+        node.locks = 1
+        self.tree.locked += node.size
+
+    def _nodes(self, run: Sequence[Cached], *, first: int, last: int) -> Iterable[Node]:
+        """Nodes that hold exactly these blocks. `first`: the end of a node that the run comes upon first."""
+        i = 0
+        while i < len(run):
+            node = run[i].node
+            assert node is not None
+            held = entries(node)
+            end = i + len(held)
+            if end > len(run) or held[first] is not run[i] or held[last] is not run[end - 1]:
+                self._ending_with(run[i])
+                node, end = self._starting_with(run[i]), i + 1
+            yield node
+            i = end
+
+    def _ending_with(self, cached: Cached) -> Node:
+        """The node that ends with this block, split off if need be."""
+        node = self._settled(cached)
+        blocks = 1 if node.size == 1 else entries(node).index(cached) + 1
+        return node if blocks == node.size else self.tree.split(node, blocks)
+
+    def _starting_with(self, cached: Cached) -> Node:
+        node = self._settled(cached)
+        blocks = entries(node).index(cached)
+        if blocks:
+            self.tree.split(node, blocks)  # `node` keeps the rest
+        return node
+
+    def _settled(self, cached: Cached) -> Node:
+        node = cached.node
+        assert node is not None
+        if node.slot >= 0:
+            self.eviction.settle(node)
+        return node
+
+    def _drop(self, node: Node, candidate: bool) -> None:
+        """Take a node out whose children are gone."""
+        tree, policy, parent = self.tree, self.eviction, node.parent
+        assert parent is not None
+        if candidate:
+            policy.retract(node)
+        if node.locks:
+            tree.locked -= node.size
+        del parent.children[node.first]
+        node.parent = None
+        tree.total -= node.size
+        policy.remove(node)
+        self.removed(node, 0)
