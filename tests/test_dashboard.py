@@ -113,7 +113,7 @@ def test_it_shows_load_hits_latency_error_and_why(browser: Browser, gateway: Pro
 
     browser.run("document.querySelector('#recent details').open = true")
     why = browser.run("document.querySelector('#recent details[open] .explain').innerText")
-    assert "smallest predicted latency" in why and re.search(r"of [23] workers", why)
+    assert "smallest predicted time to first token" in why and re.search(r"of [23] workers", why)
     latest = data["recent"][-1]
     assert latest["worker"].removeprefix("http://") in why
     bars = browser.run(

@@ -152,10 +152,17 @@ class LBGR(RoutingPolicy):
             candidate.cached,
             ends[chosen],
             scores,
-            f"smallest predicted {self.objective}" + (" + price" if price else ""),
+            self._reason(scores, chosen, price),
             predicted_ttft=firsts[chosen],
             memo=(*features[chosen], length - candidate.cached + output, works[chosen]),
         )
+
+    def _reason(self, scores: Sequence[float], chosen: int, price: float) -> str:
+        what = {"ttft": "time to first token", "slo": "work within the target"}.get(self.objective, "latency")
+        words = f"smallest predicted {what}" + (" + price for delaying others" if price else "")
+        if scores[chosen] > min(scores):
+            words += "; near equals: what saves work, then the emptiest cache"
+        return words
 
     def _prefer_good(self, scores: list[float], firsts: Sequence[float], works: Sequence[float]) -> None:
         """Among workers that should meet the target, least work; it leaves the most room for the others."""
@@ -210,6 +217,8 @@ class LBGR(RoutingPolicy):
         own.held = own.held - ticket.memo[5] if ticket.worker.in_flight else 0.0  # no rounding is left behind
         own.queue.remove(ticket, now, own.pace, computed=good)
         own.state.load = own.queue.total / 1000
+        if outcome.status is Status.FAILED:
+            self._fleet.failed(own)
         latency, ttft, tokens = outcome.latency, outcome.ttft, outcome.output_tokens
         if not good or latency is None or not isfinite(latency) or latency < 0:
             return

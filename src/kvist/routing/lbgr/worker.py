@@ -193,3 +193,8 @@ class Fleet:
         elif tried or not own.patience:
             own.patience = least
         own.learned = self.answers
+
+    def failed(self, own: Worker) -> None:
+        """No answer came. A worker that fails is not worth a try for a while."""
+        own.patience = min(max(2 * own.patience, STALE), MOST_PATIENCE * len(self.workers))
+        own.learned = self.answers
