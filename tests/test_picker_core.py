@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("httptools")
 
-from kvist.picker.core import Asked, Flight, Picker, Refused
+from kvist.picker.core import Picker
+from kvist.picker.flight import Asked, Flight, Refused
 from kvist.picker.flow import FlowControl
 from kvist.picker.protocol import endpoint, in_subset, place_of, subset, url_of
 from kvist.picker.settings import build

@@ -11,7 +11,9 @@ import pytest
 pytest.importorskip("httptools")
 
 from kvist.gateway.knowledge.load import Report
+from kvist.picker.core import Picker
 from kvist.picker.endpoints import EndpointFleet
+from kvist.picker.flight import Asked, Refused
 from kvist.picker.protocol import url_of
 from kvist.picker.settings import build
 
@@ -46,6 +48,22 @@ def test_discovery_adds_drains_and_forgets() -> None:
             told(url_of(A))  # of a request that ends after its endpoint has gone
         fleet.failed(url_of(A), 3.0)
         fleet.sent(url_of(A), 3.0)
+
+    with_fleet(check)
+
+
+def test_an_empty_pool_is_not_ready_rather_than_without_the_model() -> None:
+    def check(fleet: EndpointFleet) -> None:
+        picker = Picker(fleet.settings, fleet, lambda: 0.0)
+        asked = Asked("/v1/completions", body=b'{"model":"m","prompt":"x"}')
+        with pytest.raises(Refused) as refused:
+            picker.ask(asked, 0.0)
+        assert refused.value.status == 503
+        fleet.replace({A: True}, 0.0)
+        fleet.workers[url_of(A)].models = frozenset({"other"})
+        with pytest.raises(Refused) as refused:
+            picker.ask(asked, 0.0)
+        assert refused.value.status == 404
 
     with_fleet(check)
 

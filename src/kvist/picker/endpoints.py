@@ -14,7 +14,7 @@ from kvist.routing import make_policy
 
 
 class EndpointFleet(Fleet):
-    """See `kvist.picker.core.Endpoints`; workers go by `http://ip:port`. Needs a running event loop."""
+    """See `kvist.picker.flight.Endpoints`; workers go by `http://ip:port`. Needs a running event loop."""
 
     settings: PickerSettings
 
@@ -40,6 +40,10 @@ class EndpointFleet(Fleet):
             elif self.workers[url].draining is ready:
                 self.drain(url, not ready)
                 self.log("endpoint ready" if ready else "endpoint not ready", endpoint=url)
+
+    def serves(self, model: str) -> bool:
+        """Of an empty pool nobody can say that it does not serve a model: endpoints may be about to come."""
+        return not self.workers or super().serves(model)
 
     def saturated(self, model: str, now: float) -> bool:
         """Whether every endpoint for the model says itself that it has enough, as the reference picker reads

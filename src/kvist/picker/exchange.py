@@ -14,7 +14,8 @@ from google.protobuf.message import DecodeError
 
 from kvist.http.server import error_body
 from kvist.picker import messages
-from kvist.picker.core import Asked, Flight, Picker, Refused
+from kvist.picker.core import Picker
+from kvist.picker.flight import Asked, Flight, Refused
 from kvist.picker.protocol import EXPLAIN, FAIRNESS, OBJECTIVE
 from kvist.routing import Status
 
