@@ -431,3 +431,21 @@ def test_new_prefixes_go_to_the_emptiest_of_idle_workers() -> None:
         now += 1.0
         cluster.send(now, number, number)
     assert max(cluster.count.values()) <= 1.2 * min(cluster.count.values())
+
+
+@pytest.mark.parametrize(("rate", "learned"), [(50, 500), (2000, 500)])
+def test_of_a_flood_of_answers_it_learns_from_some_and_gives_back_all(rate: int, learned: int) -> None:
+    """500 answers at the pace of a real worker are all learned from; of 2000 a second about 200 a second."""
+    policy = make_policy("lbgr", rng=Random(0))
+    assert isinstance(policy, LBGR)
+    router = Router(policy)
+    router.add_worker("a")
+    count = 500 if rate < 100 else 4000
+    for i in range(count):
+        now = i / rate
+        ticket = router.route(Query(i, pack(range(i, i + 400))), now)
+        router.complete(ticket, Outcome(Status.OK, latency=0.05), now + 0.0001)
+    own = policy.health()["a"]
+    assert own["answers"] == pytest.approx(learned, rel=0.05)
+    assert router.worker("a").load == router.worker("a").in_flight == 0
+    assert policy._fleet.answers == count

@@ -207,6 +207,9 @@ class LBGR(RoutingPolicy):
         own.queue.streams += 0.1 * (1.0 - own.queue.streams)
         own.queue.remove(ticket, now, own.pace, computed=True)
         own.state.load = own.queue.total / 1000
+        if not own.worth(now):
+            self._fleet.passed(own)
+            return
         self._learn(own, ticket, now - ticket.routed_at, now)
 
     def completed(self, ticket: Ticket, outcome: Outcome, now: float) -> None:
@@ -222,12 +225,16 @@ class LBGR(RoutingPolicy):
         latency, ttft, tokens = outcome.latency, outcome.ttft, outcome.output_tokens
         if not good or latency is None or not isfinite(latency) or latency < 0:
             return
+        if ticket.first_token_at is None:
+            own.queue.streams -= 0.1 * own.queue.streams
+        if not own.worth(now):
+            self._fleet.passed(own)
+            return
         self._outputs.learn(ticket.query, tokens)
         if ttft is not None and isfinite(ttft) and tokens > 1:
             self._fleet.decoded(own, (latency - ttft) / (tokens - 1))
         if ticket.first_token_at is not None:
             return
-        own.queue.streams -= 0.1 * own.queue.streams
         if ttft is None:
             ttft = max(latency - max(tokens - 1, 0) * own.tpot, 0.0)
         self._learn(own, ticket, ttft, now)

@@ -31,6 +31,10 @@ RECOVERED = 0.7  # actual over predicted, below which a worker that was tried ag
 STALE = 50  # answers of a mean worker, after which one that got nothing is tried again
 MOST_PATIENCE = 100 * STALE
 DECODE_GAIN = 0.02
+RATE, BURST = (
+    200.0,
+    100.0,
+)  # answers of a worker that are learned from, a second and at once; more tell no more
 TOGETHER = 12  # requests that decode at the same time see the same load: so many tell as much as one
 
 Coefficients = tuple[float, ...]
@@ -52,6 +56,8 @@ class Worker:
         "model",
         "patience",
         "queue",
+        "room",
+        "room_at",
         "state",
         "tpot",
         "tpot_used",
@@ -72,11 +78,22 @@ class Worker:
         self.tpots = 0
         self.learned = 0  # the fleet's answers when this worker last gave one
         self.patience = 0  # answers of the fleet after which it is tried again, if idle
+        self.room = BURST  # answers that it may be learned from at once, as of `room_at`
+        self.room_at = now
 
     @property
     def pace(self) -> float:
         """Seconds a token of work."""
         return self.used[PACE] * exp(self.drift) / 1000
+
+    def worth(self, now: float) -> bool:
+        """Whether one more answer is learned from: a bucket of BURST that RATE a second fills."""
+        self.room = min(BURST, self.room + (now - self.room_at) * RATE)
+        self.room_at = now
+        if self.room < 1.0:
+            return False
+        self.room -= 1.0
+        return True
 
     def learn(self, x: Sequence[float], seen: float, now: float) -> float:
         """One time to first token in seconds; returns it over what the model said. Nonsense is ignored."""
@@ -177,6 +194,11 @@ class Fleet:
     def tpot(self) -> float:
         """For a worker that has not decoded yet."""
         return self._decodes.mean()[0] if len(self._decodes) else 0.0
+
+    def passed(self, own: Worker) -> None:
+        """An answer came that is not learned from."""
+        self.answers += 1
+        own.learned = self.answers
 
     def answered(self, own: Worker, ratio: float) -> None:
         """An answer came, `ratio` times what the worker's own model had told.
