@@ -38,7 +38,7 @@ $(SCALE)/.installed: pyproject.toml
 test-scale: $(SCALE)/.installed
 	$(SCALE)/bin/python -m pytest tests/test_ray_dispatch.py tests/test_ray_serve.py tests/test_scale_bench.py
 
-# SGLang's radix cache alone, on a CPU: without SGLang's own dependencies, which are CUDA and its kernels.
+# SGLang's radix cache, and measuring with torch, on a CPU: without SGLang's own dependencies, which are CUDA and its kernels.
 SGLANG := .venv-sglang
 $(SGLANG)/.installed: pyproject.toml tests/sglang-requirements.txt
 	$(PYTHON) -m venv $(SGLANG)
@@ -46,11 +46,11 @@ $(SGLANG)/.installed: pyproject.toml tests/sglang-requirements.txt
 	$(SGLANG)/bin/python -m pip install --quiet torch==2.13.0
 	$(SGLANG)/bin/python -m pip install --quiet --no-deps sglang==0.5.23 torchvision==0.28.0 triton compressed-tensors
 	$(SGLANG)/bin/python -m pip install --quiet -r tests/sglang-requirements.txt
-	$(SGLANG)/bin/python -m pip install --quiet -e .
+	$(SGLANG)/bin/python -m pip install --quiet -e '.[optimum]'
 	@touch $@
 
 test-sglang: $(SGLANG)/.installed
-	$(SGLANG)/bin/python -m pytest tests/test_plugin_sglang.py tests/test_plugin_sglang_backend.py
+	$(SGLANG)/bin/python -m pytest tests/test_plugin_sglang.py tests/test_plugin_sglang_backend.py tests/test_latency_measure.py
 
 # The dashboard and the report in a headless Chromium; without one these tests are skipped by `make test`.
 test-browser: $(STAMP)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvist.cli.options import Config, Json
+
+if TYPE_CHECKING:
+    from kvist.engine.measure import Model, Step
 
 
 def register(app: typer.Typer) -> None:
@@ -34,11 +37,12 @@ def calibrate(
     ] = "llama-3.1-8b",
     longest: Annotated[int, typer.Option(min=16, help="Longest prompt to measure, in tokens.")] = 4096,
     batch: Annotated[int, typer.Option(min=1, help="Largest decode batch to measure.")] = 256,
+    quick: Annotated[bool, typer.Option("--quick", help="Measure about a third of the steps.")] = False,
     steps: Annotated[Path | None, typer.Option(help="CSV file for the measured steps.")] = None,
     out: Annotated[Path | None, typer.Option(help="TOML file to write; else it is printed.")] = None,
     name: Annotated[str, typer.Option(help="Name of the profile.")] = "own",
-    model: Annotated[str, typer.Option(help="What was served.")] = "unknown",
-    gpu: Annotated[str, typer.Option(help="On what.")] = "unknown",
+    model: Annotated[str, typer.Option(help="What was served; default with --device: the shape.")] = "",
+    gpu: Annotated[str, typer.Option(help="On what; default with --device: what the device is called.")] = "",
     gpus: Annotated[int, typer.Option(min=1, help="GPUs of one engine.")] = 1,
     max_num_batched_tokens: Annotated[
         int, typer.Option(min=1, help="The engine's tokens a step at most (request log only).")
@@ -51,6 +55,7 @@ def calibrate(
 
     from kvist.engine.fit import fit, observe, to_profile
     from kvist.engine.latency import to_toml
+    from kvist.engine.measure import grid
     from kvist.engine.measured import is_log, read_log, read_steps
 
     if (table is None) == (not device):
@@ -58,8 +63,10 @@ def calibrate(
     if table is None:
         with tempfile.TemporaryDirectory() as folder:
             file = steps if steps is not None else Path(folder) / "steps.csv"
-            _measure(device, shape, longest, batch, file)
-            seen, kind, origin = read_steps(file), "steps", f"measured with PyTorch, shape {shape}"
+            found = _measure(device, shape, grid(longest, batch, quick=quick), file)
+            seen, kind = read_steps(file), "steps"
+        origin = f"measured with PyTorch {found.torch.__version__}, shape {shape}, {found.dtype}"
+        model, gpu = model or shape, gpu or found.name
     elif is_log(table):
         seen, kind = observe(read_log(table), max_num_batched_tokens), "phases of a request log"
         origin = table.name
@@ -69,8 +76,8 @@ def calibrate(
     profile = to_profile(
         result,
         name=name,
-        model=model,
-        gpu=gpu,
+        model=model or "unknown",
+        gpu=gpu or "unknown",
         gpus=gpus,
         kv_tokens=kv_tokens,
         source=f"kvist calibrate: {len(seen)} {kind}, {origin}",
@@ -88,15 +95,15 @@ def calibrate(
     typer.echo(f"wrote {out}" if out is not None else to_toml(profile), err=out is not None)
 
 
-def _measure(device: str, shape: str, longest: int, batch: int, file: Path) -> None:
-    """Measure a grid of steps into a CSV file."""
+def _measure(device: str, shape: str, todo: list[Step], file: Path) -> Model:
+    """Measure steps into a CSV file; the model that was measured."""
     from rich.console import Console
     from rich.progress import track
 
-    from kvist.engine.measure import Model, grid, load_shape, measure
+    from kvist.engine.measure import Model, load_shape, measure
 
-    todo = grid(longest, batch)
-    rows = measure(Model(load_shape(shape), device), todo)
+    model = Model(load_shape(shape), device)
+    rows = measure(model, todo)
     console = Console(stderr=True)
     try:
         with file.open("w", newline="", encoding="utf-8") as out:
@@ -109,3 +116,4 @@ def _measure(device: str, shape: str, longest: int, batch: int, file: Path) -> N
                 out.flush()  # what was measured stays, whatever happens next
     except OSError as error:
         raise ValueError(f"--steps {file}: {error.strerror or error}") from None
+    return model
