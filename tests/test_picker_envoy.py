@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -154,6 +155,38 @@ def test_clients_that_leave_leave_nothing_behind(shared: LocalPool, running: Any
 
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(leave, range(40)))
+    wait_for(lambda: at_rest(shared))
+
+
+def test_a_crowd_that_partly_leaves_is_served_and_leaves_nothing(shared: LocalPool) -> None:
+    """Whole and streamed answers, prompts up to 120 kB; a third leaves amid its body or its answer."""
+    host = shared.url.removeprefix("http://")
+
+    def client(seed: int) -> list[int]:
+        rng, statuses = Random(seed), []
+        for turn in range(20):
+            text = f"group {rng.randrange(9)}: " + "w " * rng.choice([10, 500, 60_000]) + str(turn)
+            body = json.dumps(chat(text, model="fake", stream=rng.random() < 0.5)).encode()
+            connection = http.client.HTTPConnection(host, timeout=60)
+            if turn % 6 == 1:
+                connection.putrequest("POST", PATH)
+                connection.putheader("content-length", str(len(body) + 10))
+                connection.endheaders()
+                connection.send(body)
+            else:
+                connection.request("POST", PATH, body)
+                if turn % 6 == 4:
+                    time.sleep(rng.random() / 100)
+                else:
+                    answer = connection.getresponse()
+                    answer.read()
+                    statuses.append(answer.status)
+            connection.close()
+        return statuses
+
+    with ThreadPoolExecutor(16) as threads:
+        answered = [status for found in threads.map(client, range(16)) for status in found]
+    assert len(answered) == 16 * 13 and set(answered) == {200}
     wait_for(lambda: at_rest(shared))
 
 
