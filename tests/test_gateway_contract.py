@@ -124,6 +124,7 @@ def test_adapters_are_models_and_keep_prefixes_apart(options: tuple[str, ...]) -
         cached = [entry["cached"] > 0 for entry in state(gateway.url)["recent"]]
         assert cached == [False, True, False]
         assert call(gateway.url, CHAT, chat("w", model="eve"))[0] == 404
+        assert call(gateway.url, CHAT, chat("w", model="base:late"))[0] == 200, "SGLang's way to name one"
         assert call(gateway.url, CHAT, chat("w", model="base"))[0] == 200
     finally:
         for each in (gateway, adapted, plain):

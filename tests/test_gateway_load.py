@@ -6,7 +6,7 @@ import threading
 
 import pytest
 from gateway_processes import call, chat, engine, metric, running, state, wait_for
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvist.gateway.knowledge.load import Report, read
@@ -43,6 +43,7 @@ def test_both_engines_names_are_read() -> None:
     assert Report().requests is None and Report(running=2).requests == 2
 
 
+@settings(deadline=None)
 @given(st.binary())
 def test_no_text_breaks_the_reader(text: bytes) -> None:
     read(text)

@@ -150,6 +150,8 @@ def test_developer_is_system_where_a_template_knows_no_developer() -> None:
     message = {"role": "developer", "content": "x"}
     assert "<|start|>system" in render(CHATML, message)
     assert render("{{ messages[0].role }}{# developer #}", message) == "developer"
+    late = render(CHATML, {"role": "system", "content": "a"}, USER, {"role": "developer", "content": "b"})
+    assert late == "<|start|>system\na\n\nb<|end|><|start|>user\nHi<|end|><|start|>assistant\n"
 
 
 def test_images_differ_and_leave_what_stands_before_them(tokenizer: HuggingFace) -> None:
@@ -315,7 +317,7 @@ def tokens(folder: Path) -> Any:
     loop = asyncio.new_event_loop()
 
     async def make() -> Tokens:
-        return Tokens([str(folder), "toy=embedded"], lambda: {"ada"})
+        return Tokens([str(folder), "toy=embedded"], lambda: {"ada": "base", "tia": "toy"})
 
     made = loop.run_until_complete(make())
     yield made
@@ -337,8 +339,9 @@ def test_queries_become_token_ids_with_the_engines_salt(tokens: Tokens, tokenize
 
 
 def test_models_have_tokenizers_of_their_own(tokens: Tokens) -> None:
-    query, told = prepare(tokens, "completion", prompt="abcdefgh", model="toy")
-    assert told and query.prompt == b"abcdefgh" and query.length == 2
+    for model, salt in (("toy", b""), ("tia", engine_salt("tia", "")), ("toy:tia", engine_salt("tia", ""))):
+        query, told = prepare(tokens, "completion", prompt="abcdefgh", model=model)
+        assert told and query.prompt == b"abcdefgh" and query.length == 2 and query.salt == salt
     with pytest.raises(ValueError):
         Embedded().prompt("embeddings", b'{"input": "x"}')
 
@@ -347,6 +350,7 @@ def test_what_stays_text_is_padded_and_counted(tokens: Tokens) -> None:
     text = to_query(1, "completion", parse(b'{"prompt": ["a", "b"]}'), "tenant")
     query, told = prepare(tokens, "completion", prompt=["a", "b"])
     assert not told and tokens.as_text == 1
+    assert not prepare(tokens, "any", prompt="a")[1], "no engine caches what is only tokenised"
     assert len(query.prompt) % 4 == 0 and query.prompt.rstrip(b"\0") == text.prompt.replace(b'","', b'", "')
     assert query.length == len(query.prompt) // 4 and query.salt == text.salt
 

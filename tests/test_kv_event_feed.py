@@ -122,6 +122,7 @@ def test_blocks_with_an_image_match_no_text() -> None:
     assert len(set(index.names(0))) == 4
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=60))
 def test_no_payload_does_more_than_be_refused(payload: bytes) -> None:
     with suppress(BadEvents):
@@ -156,6 +157,11 @@ def test_no_event_breaks_a_feed(fields: dict[str, Any], kind: str) -> None:
     assert feed.offer(1, encode(CLEARED, stored([1], [1, 2, 3, 4]))) is None
     assert feed.state is State.EXACT
     assert index.match(Query(0, pack([1, 2, 3, 4, 5])), 1) == [4]
+
+
+def replay(feed: Feed, start: int, batches: list[tuple[int, bytes]], number: int, payload: bytes) -> None:
+    for _ in feed.replayed(start, batches, number, payload):
+        assert feed.state is not State.EXACT or feed._complete, "not before the end"
 
 
 def make(rank: int = 0) -> tuple[EventIndex, Feed]:
@@ -230,7 +236,7 @@ def test_an_exact_feed_holds_what_the_engine_holds(ops: list[Any], kept: int, la
         number = len(engine.batches) - 1
         start = feed.offer(number, engine.batches[number])
         if start is not None:
-            feed.replayed(start, engine.replay(start), number, engine.batches[number])
+            replay(feed, start, engine.replay(start), number, engine.batches[number])
         assert feed.state is not State.SILENT
         for probe in ((1, 2, 3), (1, 1, 1), (2, 1), (3,), path):
             prompt = pack([token for token in probe for _ in range(SIZE)])
@@ -252,7 +258,7 @@ def test_live_batches_that_a_replay_brought_already_are_no_restart() -> None:
     for path in ((1,), (2,), (3,), (1, 1)):
         engine.act("store", path)
     assert feed.offer(1, engine.batches[1]) == 0
-    feed.replayed(0, engine.replay(0), 1, engine.batches[1])
+    replay(feed, 0, engine.replay(0), 1, engine.batches[1])
     for number in (2, 3):
         assert feed.offer(number, engine.batches[number]) is None
     assert feed.counts.restarts == 0 and feed.counts.batches == 4 and len(index.names(0)) == 4
@@ -263,12 +269,28 @@ def test_live_batches_that_a_replay_brought_already_are_no_restart() -> None:
     assert feed.counts.restarts == 1 and index.names(0) == []
 
 
+def test_a_connection_that_breaks_amid_a_replay_is_believed_no_more() -> None:
+    index, feed = make()
+    engine = Engine()
+    for path in ((1,), (2,), (3,)):
+        engine.act("store", path)
+    assert feed.offer(2, engine.batches[2]) == 0
+    for number, _ in enumerate(feed.replayed(0, engine.replay(0), 2, engine.batches[2])):
+        assert feed.state is (State.PARTIAL if number == 0 else State.SILENT)
+        feed.lost()
+    assert feed.state is State.SILENT
+    engine.act("store", (1, 1))
+    assert feed.offer(3, engine.batches[3]) == 0, "nothing of it is trusted any further"
+    replay(feed, 0, engine.replay(0), 3, engine.batches[3])
+    assert feed.state is State.EXACT and len(index.names(0)) == 4
+
+
 def test_counts_say_what_went_wrong() -> None:
     _, feed = make()
     assert feed.offer(0, encode(stored([1], [1] * 4), moment=2.0)) is None
     assert feed.counts.lag == 1.0
     assert feed.offer(3, encode(stored([9], [1] * 4, parent=8))) == 1
-    feed.replayed(1, [], 3, encode(stored([9], [1] * 4, parent=8)))
+    replay(feed, 1, [], 3, encode(stored([9], [1] * 4, parent=8)))
     assert feed.offer(4, b"\xc1") is None
     counts = feed.counts
     assert (counts.gaps, counts.replays, counts.resets, counts.unknown_parents) == (1, 0, 2, 1)
@@ -304,7 +326,7 @@ def test_belief_follows_the_state_of_the_events() -> None:
     index.routed(query, 0)
     assert index.match(query, 1) == [8], "until the engine says otherwise"
     feed.offer(2, encode(stored([7], [7] * 4)))
-    feed.replayed(1, [], 2, encode(stored([7], [7] * 4)))
+    replay(feed, 1, [], 2, encode(stored([7], [7] * 4)))
     assert index.state(0) is State.PARTIAL and index.match(query, 1) == [8], "the longer of the two"
     assert index.match(Query(0, pack([7] * 4 + [1])), 1) == [4]
     feed.lost()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import msgspec
@@ -27,7 +27,7 @@ class Worker:
         self.pool = Pool(url)
         self.breaker = Breaker(settings.cb_failure_threshold, settings.cb_timeout_duration)
         self.models: frozenset[str] = frozenset()  # empty: not known yet, takes any
-        self.adapters: frozenset[str] = frozenset()  # those of the models that are LoRA adapters
+        self.adapters: dict[str, str] = {}  # those of the models that are LoRA adapters -> their base
         self.report: Report | None = None  # its latest /metrics, where they are read
         self.tells_cached = False  # its answers' usage counts cached tokens
         self.healthy = True
@@ -36,6 +36,10 @@ class Worker:
         self.head = b"host: " + self.pool.authority + b"\r\n"
         if settings.worker_api_key:
             self.head += b"authorization: Bearer " + settings.worker_api_key.encode() + b"\r\n"
+
+    def serves(self, model: str) -> bool:
+        """By what it announced. SGLang also takes BASE:ADAPTER, and may load the adapter on demand."""
+        return not self.models or model in self.models or model.partition(":")[0] in self.models
 
 
 class Fleet:
@@ -55,7 +59,7 @@ class Fleet:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._readers: dict[str, asyncio.Task[None]] = {}
         self._allowed: dict[str, frozenset[str]] = {}
-        self._adapters: frozenset[str] = frozenset()
+        self._adapters: dict[str, str] = {}
 
     def add(self, given: WorkerSpec | str, now: float) -> Worker:
         """Raises ValueError for a malformed or known URL, or a malformed address of KV events."""
@@ -98,15 +102,15 @@ class Fleet:
         self.workers[url].draining = draining
         self._allowed.clear()
 
-    def adapters(self) -> frozenset[str]:
-        """The models that are LoRA adapters of others."""
+    def adapters(self) -> Mapping[str, str]:
+        """The models that are LoRA adapters, and the models they adapt."""
         return self._adapters
 
     def serves(self, model: str) -> bool:
         """Whether any worker, healthy or not, may serve the model."""
         if self._allowed.get(model):  # the usual case: asked before
             return True
-        return any(not w.models or model in w.models for w in self.workers.values())
+        return any(w.serves(model) for w in self.workers.values())
 
     def allowed(self, model: str, now: float, without: Collection[str] = ()) -> frozenset[str]:
         """Workers that may take a request for the model now."""
@@ -115,7 +119,7 @@ class Fleet:
             found = frozenset(
                 w.id
                 for w in self.workers.values()
-                if w.healthy and not w.draining and (not model or not w.models or model in w.models)
+                if w.healthy and not w.draining and (not model or w.serves(model))
             )
             if len(self._allowed) < 1000:  # model names come from clients
                 self._allowed[model] = found
@@ -228,10 +232,10 @@ class Fleet:
         try:
             data = msgspec.json.decode(body)["data"]
             worker.models = frozenset(str(entry["id"]) for entry in data)
-            worker.adapters = frozenset(str(entry["id"]) for entry in data if entry.get("parent"))
+            worker.adapters = {str(e["id"]): str(e["parent"]) for e in data if e.get("parent")}
         except (msgspec.DecodeError, KeyError, TypeError, AttributeError):
             return
-        self._adapters = frozenset().union(*(w.adapters for w in self.workers.values()))
+        self._adapters = {name: base for w in self.workers.values() for name, base in w.adapters.items()}
         self._allowed.clear()
 
 

@@ -9,7 +9,7 @@ A feed is exact once it has seen everything since the cache was empty, and parti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -93,30 +93,34 @@ class Feed:
         self._apply(number, payload)
         return None
 
-    def replayed(self, start: int, batches: Sequence[Batch], number: int, payload: bytes) -> None:
-        """The answer, maybe empty, to the replay that `offer` asked for on (number, payload)."""
+    def replayed(self, start: int, batches: Sequence[Batch], number: int, payload: bytes) -> Iterator[None]:
+        """The answer, maybe empty, to the replay that `offer` asked for on (number, payload).
+
+        Applies one batch a step, as there may be very many; until the last one the feed is partial at best.
+        """
         if batches:
             self.counts.replays += 1
         whole = bool(batches) and batches[0][0] == start
+        complete = whole and (start == 0 or self._complete)
         if not whole:
-            if self._next is not None:
-                self.counts.resets += 1
+            self.counts.resets += self._next is not None
+        if not whole or start == 0:
             self._forget()
-            self._complete = False
-        elif start == 0:
-            self._forget()
-            self._complete = True
-        self._lost = False
+        self._complete = self._lost = False
         self._next = batches[0][0] if batches else number
+        invalid = self.counts.invalid
         for replayed, content in [*batches, (number, payload)]:
             if replayed < self._next:
                 continue
             if replayed > self._next:  # a hole in the replay itself
                 self.counts.resets += 1
                 self._forget()
-                self._complete = False
+                self._complete = complete = False
             self._apply(replayed, content)
+            yield
         self._replayed_from = number + 1
+        self._complete = self._complete or (complete and self.counts.invalid == invalid)
+        self._show()
 
     def lost(self) -> None:
         """The connection broke: until the next batch nothing is believed."""
@@ -139,7 +143,7 @@ class Feed:
             counts.resets += 1
             self._forget()
             self._complete = False
-            self.state = State.PARTIAL
+            self._show()
             return
         counts.lag = self.clock() - moment
         counts.events += len(events)
@@ -156,7 +160,11 @@ class Feed:
                 self._forget()
                 self._complete = True
         counts.unknown_parents += index.unknown_parents - before
-        self.state = State.EXACT if self._complete else State.PARTIAL
+        self._show()
+
+    def _show(self) -> None:
+        if not self._lost:  # it may break amid a replay
+            self.state = State.EXACT if self._complete else State.PARTIAL
 
     def _name(self, group: int, name: Hashable) -> Hashable:
         """A worker's data-parallel ranks and cache groups share a slot, and may share hashes."""

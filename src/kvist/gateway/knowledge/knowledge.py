@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 
 from kvist.gateway.knowledge.believed import BelievedIndex
 from kvist.gateway.knowledge.feed import Feed
@@ -27,7 +27,7 @@ class Knowledge:
     """
 
     def __init__(
-        self, settings: Settings, adapters: Callable[[], Collection[str]], log: Callable[..., None]
+        self, settings: Settings, adapters: Callable[[], Mapping[str, str]], log: Callable[..., None]
     ) -> None:
         self.tokens: Tokens | None = None
         self.subscriptions: Subscriptions | None = None
@@ -38,6 +38,8 @@ class Knowledge:
             self.index: PrefixKnowledge = self.own
             return
         self.tokens = Tokens(settings.tokenizer, adapters)
+        for name in self.tokens.without_template:
+            log("no chat template", tokenizer=name, effect="chat prompts stay text")
         self.own = PrefixIndex(unit=TOKEN_BYTES, block_size=TOKEN_BLOCK, budget=settings.index_tokens)
         self.index = self.own
         if settings.follows_events:

@@ -20,7 +20,7 @@ from kvist.prefix.events import EventIndex
 
 REPLAY_SECONDS = 5.0
 HEARTBEAT_MS = 5_000  # a peer that is gone without closing is noticed after two of these
-_BATCHES_A_TURN = 64  # between which other work of the loop gets its turn
+_TURN_SECONDS = 0.002  # then other work of the loop gets its turn
 _END = (1 << 64) - 1  # -1
 
 
@@ -44,6 +44,18 @@ def endpoint(template: str, url: str, rank: int = 0) -> str:
         f"KV events: {template!r} is no address to connect to: give a port, tcp://{{host}}:5557, "
         "tcp://{host}:{port+1000} or ipc://PATH"
     )
+
+
+class Turn:
+    """Lets the event loop's other work go on when this has taken long enough."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+
+    async def over(self) -> None:
+        if time.monotonic() - self._since > _TURN_SECONDS:
+            await asyncio.sleep(0)
+            self._since = time.monotonic()
 
 
 class Subscriptions:
@@ -120,12 +132,10 @@ class Subscriptions:
             monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECTED)
             watcher = asyncio.get_running_loop().create_task(self._watch(url, feed, monitor))
             socket.connect(live)
-            turn = 0
+            turn = Turn()
             while True:
                 frames = await socket.recv_multipart()
-                turn += 1
-                if turn % _BATCHES_A_TURN == 0:
-                    await asyncio.sleep(0)
+                await turn.over()
                 if len(frames) != 3 or len(frames[1]) != 8:
                     feed.counts.invalid += 1
                     continue
@@ -133,7 +143,8 @@ class Subscriptions:
                 start = feed.offer(number, frames[2])
                 if start is not None:
                     batches = await self._replay(replay, start) if replay else []
-                    feed.replayed(start, batches, number, frames[2])
+                    for _ in feed.replayed(start, batches, number, frames[2]):
+                        await turn.over()
                     self.log("kv events", worker=url, rank=feed.rank, missing=start, replayed=len(batches))
         finally:
             if watcher is not None:

@@ -65,10 +65,8 @@ class ChatTemplate:
         tools = variables.get("tools")
         try:
             chat = [self._message(message) for message in messages]
-            if not self._developer:
-                for message in chat:
-                    if message["role"] == "developer":
-                        message["role"] = "system"
+            if not self._developer and any(message["role"] == "developer" for message in chat):
+                chat = _one_system(chat)
             if resume:
                 _mark(chat)
             shaped = {"messages": chat, "tools": [_tool(tool) for tool in tools] if tools else None}
@@ -135,6 +133,22 @@ def _tool(tool: Any) -> Any:
     known = {"name": function.get("name"), "description": None, "parameters": None}
     shaped = {"type": "function", "function": {**known, **function}}
     return {**shaped, **{key: value for key, value in tool.items() if key not in shaped}}
+
+
+def _one_system(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Developers' messages as the system's, and all of these as one at the start unless it is so already."""
+    for message in chat:
+        if message["role"] == "developer":
+            message["role"] = "system"
+    if all(message["role"] != "system" for message in chat[1:]):
+        return chat
+    system = [message["content"] for message in chat if message["role"] == "system"]
+    texts = [
+        content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+        for content in system
+    ]
+    merged = {"role": "system", "content": "\n\n".join(filter(None, texts))}
+    return [merged, *(message for message in chat if message["role"] != "system")]
 
 
 def _mark(chat: list[dict[str, Any]]) -> None:

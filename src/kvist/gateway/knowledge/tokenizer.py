@@ -36,6 +36,10 @@ class Pending(Protocol):
 
 
 class Tokenizer(Protocol):
+    @property
+    def chats(self) -> bool:
+        """Whether it has a chat template."""
+
     def prompt(self, kind: str, body: bytes) -> Pending:
         """What a request body (see kvist.gateway.prompt) makes of it. Raises ValueError if it cannot tell."""
 
@@ -111,7 +115,6 @@ class HuggingFace:
 
     @property
     def chats(self) -> bool:
-        """Whether there is a chat template."""
         return bool(self._templates)
 
     def prompt(self, kind: str, body: bytes) -> Pending:

@@ -7,7 +7,7 @@ body) stays text, padded to whole tokens: it is routed by the own index and neve
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import msgspec
@@ -21,12 +21,14 @@ _THREADS = 2
 
 
 class Tokens:
-    """`given`: PATH, or MODEL=PATH for several models. Must be made inside a running event loop.
+    """`given`: PATH, or MODEL=PATH for several models. `adapters`: LoRA adapters and the models they adapt.
+
+    Must be made inside a running event loop.
 
     Raises ValueError naming the tokenizer that cannot be read, ModuleNotFoundError without the extra.
     """
 
-    def __init__(self, given: list[str], adapters: Callable[[], Collection[str]]) -> None:
+    def __init__(self, given: list[str], adapters: Callable[[], Mapping[str, str]]) -> None:
         self._by_model: dict[str, Tokenizer] = {}
         self._default: Tokenizer | None = None
         loaded: dict[str, Tokenizer] = {}
@@ -38,6 +40,7 @@ class Tokens:
                 self._by_model[model] = loaded[path]
             else:
                 self._default = loaded[path]
+        self.without_template = [path for path, made in loaded.items() if not made.chats]
         self._adapters = adapters
         self._threads = ThreadPoolExecutor(_THREADS, "tokenizer")
         self._loop = asyncio.get_running_loop()
@@ -49,9 +52,9 @@ class Tokens:
 
         At once, or later if a thread has to work for long.
         """
-        tokenizer = self._by_model.get(query.model, self._default)
-        lora, pending = self._lora(body), None
-        if tokenizer is not None:
+        base, lora = self._adapted(body)
+        tokenizer, pending = self._by_model.get(base, self._default), None
+        if tokenizer is not None and kind != "any":  # of those nobody knows whether an engine caches them
             try:
                 pending = tokenizer.prompt(kind, raw)
             except (ValueError, msgspec.DecodeError):
@@ -90,18 +93,23 @@ class Tokens:
         pending.keep()
         _become(query, ids, salt)
 
-    def _lora(self, body: Body) -> str:
-        """The adapter a request asks for: vLLM takes its name as the model, SGLang also base:adapter."""
-        model = body.model or ""
-        if model in self._adapters():
-            return model
+    def _adapted(self, body: Body) -> tuple[str, str]:
+        """The model a request asks for, and its LoRA adapter or "".
+
+        vLLM takes the adapter's name as the model; SGLang a field `lora_path`, or a model BASE:ADAPTER.
+        """
+        model, adapters = body.model or "", self._adapters()
+        if model in adapters:
+            return adapters[model], model
         if bytes(body.lora_path):
             try:
-                return str(msgspec.json.decode(body.lora_path) or "")
+                return model, str(msgspec.json.decode(body.lora_path) or "")
             except msgspec.DecodeError:
-                return ""
+                return model, ""
         base, colon, adapter = model.partition(":")
-        return adapter if colon and base in self._by_model else ""
+        if colon and model not in self._by_model and (adapter in adapters or base in self._by_model):
+            return base, adapter
+        return model, ""
 
 
 def _become(query: Query, prompt: bytes, salt: bytes) -> None:
