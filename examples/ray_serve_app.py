@@ -36,6 +36,7 @@ from kvist.engine.latency import load_profile
 from kvist.plugins.ray_serve import router_config
 
 PATH = "/v1/chat/completions"
+FILLER = "kv. "
 
 
 @serve.deployment(
@@ -57,14 +58,17 @@ class Model:
     async def chat(self, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """The answer token by token: text, which replica gave it, and at the end the usage."""
         query = api.to_query(next(self.numbers), PATH, api.parse(json.dumps(body).encode()))
-        texts = api.pieces(query.prompt, query.output_tokens)
         ready: asyncio.Queue[bool] = asyncio.Queue()
         request = self.driver.submit(query, lambda _, last: ready.put_nowait(last))
         try:
-            for number, text in enumerate(texts):
+            for _ in range(query.output_tokens):
                 last = await ready.get()
-                piece = api.piece(PATH, int(query.id), "modelled", text, number == 0, last)
-                piece["replica"] = self.replica
+                choice = {
+                    "index": 0,
+                    "delta": {"content": FILLER},
+                    "finish_reason": "length" if last else None,
+                }
+                piece = {"object": "chat.completion.chunk", "choices": [choice], "replica": self.replica}
                 if last:
                     piece["usage"] = api.usage(query, request.cached, query.output_tokens)
                 yield piece

@@ -224,3 +224,13 @@ def test_an_end_under_a_shared_id_is_an_accepted_siblings_first() -> None:
     assert found.completed("id") is None
     assert found.completed("id") is second
     assert found.completed("id") is None and len(found) == 0
+
+
+def test_of_very_many_replicas_the_ranks_follow_the_scores() -> None:
+    found = dispatcher(replicas=200)
+    one = claim("p" * 2000)
+    ranks = found.rank(one, set(held(found)), [], 1.0)
+    assert one.ticket is not None
+    by_name = dict(zip((c.worker.id for c in one.ticket.candidates), one.ticket.decision.scores, strict=True))
+    scores = [by_name[name] for rank in ranks[1:] for name in rank]
+    assert scores == sorted(scores) and len(scores) == SPARE + 1

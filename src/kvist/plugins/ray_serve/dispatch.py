@@ -69,12 +69,12 @@ class Dispatcher:
             order = self._by_load(full)
             return [order[: SPARE + 2]] if order else []
         decision = claim.ticket.decision
-        candidates = [w for w in self.router.workers if w.id in free and not w.draining]
-        if len(decision.scores) == len(candidates):
-            pairs = sorted(zip(decision.scores, range(len(candidates)), strict=True))
-            order = [candidates[i].id for _, i in pairs]
+        weighed = claim.ticket.candidates
+        if len(decision.scores) == len(weighed):
+            pairs = sorted(zip(decision.scores, range(len(weighed)), strict=True))
+            order = [weighed[i].worker.id for _, i in pairs]
         else:  # the policy weighed none or only some of them
-            order = self._by_load([worker.id for worker in candidates])
+            order = self._by_load([candidate.worker.id for candidate in weighed])
         others = [replica for replica in order if replica != decision.worker]
         return [rank for rank in ([decision.worker], others[:1], others[1 : SPARE + 1]) if rank]
 
