@@ -7,8 +7,8 @@ at it, used again or not), so nothing is censored; events / exposure is the haza
 sparse leans on what is not: an age on the age before it, a class on the product of its features' effects, a
 cell on its class.
 
-What a block is worth is its best hit density over all horizons T (the Gittins index; LHD, Beckmann et al.,
-NSDI 2018, takes one horizon): P(used in the next T) / expected epochs held until then or T.
+What a block is worth is its hit density (LHD, Beckmann et al., NSDI 2018) over a horizon T: P(used in the
+next T) / expected epochs held until then or T. T is the time in which a cache's worth of blocks is served.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ class HazardTable:
     """Rates of reuse for classes arranged in grids, one grid for each kind of block.
 
     grids: the number of levels of each feature, for each kind; class numbers run through them in C order.
+    horizon: epochs ahead that count for a block's worth.
     """
 
-    def __init__(self, grids: Sequence[tuple[int, ...]]) -> None:
+    def __init__(self, grids: Sequence[tuple[int, ...]], horizon: int) -> None:
         self.grids = grids
         self.classes = sum(prod(grid) for grid in grids)
         edges = [0, 1, 2, 3, 4]
@@ -41,7 +42,8 @@ class HazardTable:
         self._edges = np.array(edges)
         self._width = np.diff([*edges, RING]).astype(float)
         self.bucket = [int(b) for b in np.searchsorted(self._edges, np.arange(RING), side="right") - 1]
-        self._later = np.triu(np.ones((len(edges), len(edges)), np.bool_))
+        ends = np.searchsorted(self._edges, self._edges + horizon)
+        self._ends = np.maximum(ends, np.arange(len(edges)) + 1)  # bucket after the last that counts
         self.epoch = 0
         self._alive = np.zeros((self.classes, RING))  # blocks by class and epoch of last use
         self.events = np.zeros((self.classes, len(edges)))
@@ -80,12 +82,7 @@ class HazardTable:
         """Work out all ranks from the counts. O(classes)."""
         if not self._uses:
             return
-        hazard = self.hazards()
-        ranks = np.maximum.accumulate(hazard[:, ::-1], axis=1)[:, ::-1].copy()
-        seen = np.flatnonzero(self.exposure.any(1))
-        if seen.size:
-            ranks[seen] = self._densities(hazard[seen])
-        self.ranks = ranks.tolist()
+        self.ranks = self._densities(self.hazards()).tolist()
 
     def hazards(self) -> Floats:
         """Events per block and epoch, shape (classes, age buckets), all above 0."""
@@ -121,13 +118,12 @@ class HazardTable:
         return levels
 
     def _densities(self, hazard: Floats) -> Floats:
-        """max over j > i of P(reuse in buckets i..j) / E[epochs held in them]."""
-        leave = -np.expm1(-hazard * self._width)
+        """P(used within the horizon) / E[epochs held until then or its end], from each age bucket on."""
         zero = np.zeros((len(hazard), 1))
-        alive = np.concatenate([zero + 1, np.cumprod(1 - leave[:, :-1], axis=1)], axis=1)
-        reuse = np.concatenate([zero, np.cumsum(alive * leave, axis=1)], axis=1)
-        held = np.concatenate([zero, np.cumsum(alive * leave / hazard, axis=1)], axis=1)
-        gain = reuse[:, None, 1:] - reuse[:, :-1, None]
-        cost = np.maximum(held[:, None, 1:] - held[:, :-1, None], 1e-300)
-        best: Floats = np.where(self._later, gain / cost, 0.0).max(axis=2)
-        return np.maximum(best, hazard)
+        stays = np.exp(-hazard * self._width)
+        alive = np.concatenate([zero + 1, np.cumprod(stays, axis=1)], axis=1)
+        used = 1 - alive
+        held = np.concatenate([zero, np.cumsum(alive[:, :-1] * (1 - stays) / hazard, axis=1)], axis=1)
+        gain, cost = used[:, self._ends] - used[:, :-1], held[:, self._ends] - held[:, :-1]
+        density: Floats = np.where(cost > 1e-9, gain / np.maximum(cost, 1e-9), hazard)
+        return density

@@ -4,10 +4,10 @@
 one rank, their hit density (cache/hazard.py). The lowest rank leaves first, the least recently used of a
 class before the others. A class is what the tree shows of a block when it is used:
 
-- on the way of a request, from its end upward, as long as nearly all requests that reached a node went on
-  through it (a *line*: a conversation, or a fresh tail): the number of requests in the line, how many
-  siblings of its first node were ever used again, and the length of its last piece;
-- above that (a *template*): requests, children, and length.
+- on the way of a request, from its end upward, as long as all but one of the requests that reached a node
+  went on to the next (a *line*: a conversation, or a fresh tail): the number of requests in the line, whether
+  it starts at the root, how often the request's last piece was asked for before, and how long that is;
+- above that (a *template*): the number of requests.
 
 *Marking.* A phase is a maximal run of block requests with at most n distinct blocks. Where trust costs more
 than H_n misses for each clean block of the phases, the rest of the phase is played like RLT: first evict what
@@ -37,10 +37,9 @@ SLACK = 4  # unspent trust that a phase may take over, in longest requests
 
 _COUNTS = [0, 0, 1, 2, 3, 4, 5, 6, 7, *[8] * 4, *[9] * 8]  # requests of a line, by 0 … 16; more: 10
 _HITS = [0, 1, 2, 3, 4, 4, 5, 5, 5, *[6] * 7, *[7] * 16]  # requests of a template; more: 8
-_RATES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 _SIZES = (0.06, 0.2, 0.5, 1.0, 2.0, 4.0)
-_LINE, _TEMPLATE = (11, 9, 7), (9, 4, 7)
-_TEMPLATES = 11 * 9 * 7  # the first class of the second grid
+_LINE, _TEMPLATE = (11, 2, 4, 7), (9,)
+_TEMPLATES = 11 * 2 * 4 * 7  # the first class of the second grid
 
 
 class Hedge(EvictionPolicy):
@@ -57,7 +56,7 @@ class Hedge(EvictionPolicy):
 
     def reset(self) -> None:
         size = self.cache.capacity_blocks
-        self.table = HazardTable((_LINE, _TEMPLATE))
+        self.table = HazardTable((_LINE, _TEMPLATE), EPOCHS)
         self.history = History(self.cache.stride, size, self.table)
         self._clock = 0  # blocks served
         self._epoch_began = 0
@@ -142,7 +141,7 @@ class Hedge(EvictionPolicy):
                 self._clock += blocks
                 self._pieces += 1
                 self._piece_blocks += blocks
-                self.history.classify(here, self._line(1, here))
+                self.history.classify(here, self._line(1, here, here))
             else:
                 self._use(here)
             if piece is node:
@@ -207,7 +206,7 @@ class Hedge(EvictionPolicy):
                 break
             at = above
             line.append(at)
-        kind = self._line(at.state.hits + 1, end, at.parent)
+        kind = self._line(at.state.hits + 1, at, end)
         for node in line:
             self.history.classify(node, kind)
             self._refile(node)
@@ -217,21 +216,17 @@ class Hedge(EvictionPolicy):
             self._refile(above)
             above = above.parent
 
-    def _line(self, requests: int, end: Node, above: Node | None = None) -> int:
-        above = above if above is not None else end.parent
+    def _line(self, requests: int, top: Node, end: Node) -> int:
+        known: Record = end.state
+        above = top.parent
         assert above is not None
         count = _COUNTS[requests] if requests < len(_COUNTS) else 10
-        rate = 0
-        if above.parent is not None:
-            known: Record = above.state
-            rate = 1 + _level((known.reused + 0.5) / max(known.kids, 1), _RATES)
-        return (count * 9 + rate) * 7 + self._size(end.size)
+        number = (count * 2 + (above.parent is None)) * 4 + min(known.hits, 3)
+        return number * 7 + self._size(end.size)
 
     def _template(self, node: Node) -> int:
         known: Record = node.state
-        hits, kids = known.hits, known.kids
-        count = _HITS[hits] if hits < len(_HITS) else 8
-        return _TEMPLATES + (count * 4 + (kids > 1) + (kids > 2) + (kids > 4)) * 7 + self._size(node.size)
+        return _TEMPLATES + (_HITS[known.hits] if known.hits < len(_HITS) else 8)
 
     def _size(self, blocks: int) -> int:
         """Length beside that of the mean new piece."""

@@ -23,15 +23,13 @@ MEMORY = 8  # distinct blocks remembered, in cache sizes
 class Record:
     """What is known of a node. Its class and epoch are those of its last use."""
 
-    __slots__ = ("cached", "epoch", "hits", "key", "kids", "kind", "phase", "pool", "reused")
+    __slots__ = ("cached", "epoch", "hits", "key", "kind", "phase", "pool")
 
     def __init__(self) -> None:
         self.kind = -1  # class
         self.epoch = 0
         self.phase = -1
         self.hits = 0  # requests after the first
-        self.kids = 0  # children ever
-        self.reused = 0  # of them, those with hits
         self.cached: Node | None = None
         self.key: tuple[int, int] | None = None  # the policy's bucket, while `cached` is a candidate
         self.pool: Any = None  # the policy's pool and place in it
@@ -97,8 +95,6 @@ class History:
         record = node.state
         self.table.used(record.kind, record.epoch, node.size)
         record.hits += 1
-        if record.hits == 1 and node.parent is not None:
-            node.parent.state.reused += 1
         self.classify(node, record.kind)
 
     def classify(self, node: Node, kind: int) -> None:
@@ -119,7 +115,7 @@ class History:
         upper = self.tree.split(node, blocks)
         record, above = node.state, Record()
         above.kind, above.epoch, above.phase = record.kind, record.epoch, record.phase
-        above.hits, above.kids, above.reused = record.hits, 1, int(record.hits > 0)
+        above.hits = record.hits
         upper.state = above
         self._list(upper)
         return upper
@@ -130,7 +126,6 @@ class History:
         salt = first[: len(first) - tree.stride]
         node = tree.append(parent, key, 0, len(key), salt)
         node.state = Record()
-        parent.state.kids += 1
         return node
 
     def forget(self) -> None:
