@@ -7,8 +7,9 @@ at it, used again or not), so nothing is censored; events / exposure is the haza
 sparse leans on what is not: an age on the age before it, a class on the product of its features' effects, a
 cell on its class.
 
-What a block is worth is its hit density (LHD, Beckmann et al., NSDI 2018) over a horizon T: P(used in the
-next T) / expected epochs held until then or T. T is the time in which a cache's worth of blocks is served.
+What a block is worth is its hit density (LHD, Beckmann et al., NSDI 2018): P(used in the next T) / expected
+epochs held until then or T, over the best of a few horizons T, since what comes back late but surely must be
+held through an age at which nothing of its kind comes back.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ class HazardTable:
     """Rates of reuse for classes arranged in grids, one grid for each kind of block.
 
     grids: the number of levels of each feature, for each kind; class numbers run through them in C order.
-    horizon: epochs ahead that count for a block's worth.
+    horizons: in epochs.
     """
 
-    def __init__(self, grids: Sequence[tuple[int, ...]], horizon: int) -> None:
+    def __init__(self, grids: Sequence[tuple[int, ...]], horizons: Sequence[int]) -> None:
         self.grids = grids
         self.classes = sum(prod(grid) for grid in grids)
         edges = [0, 1, 2, 3, 4]
@@ -42,19 +43,24 @@ class HazardTable:
         self._edges = np.array(edges)
         self._width = np.diff([*edges, RING]).astype(float)
         self.bucket = [int(b) for b in np.searchsorted(self._edges, np.arange(RING), side="right") - 1]
-        ends = np.searchsorted(self._edges, self._edges + horizon)
-        self._ends = np.maximum(ends, np.arange(len(edges)) + 1)  # bucket after the last that counts
+        own = np.arange(len(edges))
+        self._ends = [  # for each horizon and age, the bucket after the last that counts
+            np.maximum(np.searchsorted(self._edges, self._edges + horizon), own + 1) for horizon in horizons
+        ]
         self.epoch = 0
         self._alive = np.zeros((self.classes, RING))  # blocks by class and epoch of last use
         self.events = np.zeros((self.classes, len(edges)))
         self.exposure = np.zeros((self.classes, len(edges)))
+        self._blocks = np.zeros(self.classes)  # blocks by class
         self._sizes = self._uses = 0.0
+        self._faded = 0  # epoch up to which counts have faded
         self.ranks: list[list[float]] = [[0.0] * len(edges) for _ in range(self.classes)]
 
     def add(self, kind: int, epoch: int, blocks: int) -> None:
         """`blocks` of a class were last used in `epoch` (negative: no longer)."""
         oldest = self.epoch - RING + 1
         self._alive[kind, (epoch if epoch > oldest else oldest) % RING] += blocks
+        self._blocks[kind] += blocks
 
     def used(self, kind: int, epoch: int, blocks: int) -> None:
         """Blocks of a class, last used in `epoch`, were used again."""
@@ -65,10 +71,8 @@ class HazardTable:
     def tick(self, span: float) -> None:
         """An epoch ends that was `span` times as long as usual."""
         ages = (self.epoch - np.arange(RING)) % RING
-        rows = np.flatnonzero(self._alive.any(1))
-        self.exposure[rows] += span * np.add.reduceat(self._alive[rows][:, ages], self._edges, axis=1)
-        self.events *= 1 - FADE
-        self.exposure *= 1 - FADE
+        rows = np.flatnonzero(self._blocks)
+        self.exposure[rows] += span * np.add.reduceat(self._alive[rows[:, None], ages], self._edges, axis=1)
         self.epoch += 1
         new, oldest = self.epoch % RING, (self.epoch + 1) % RING
         self._alive[:, oldest] += self._alive[:, new]
@@ -82,6 +86,10 @@ class HazardTable:
         """Work out all ranks from the counts. O(classes)."""
         if not self._uses:
             return
+        kept = (1 - FADE) ** (self.epoch - self._faded)
+        self._faded = self.epoch
+        self.events *= kept
+        self.exposure *= kept
         self.ranks = self._densities(self.hazards()).tolist()
 
     def hazards(self) -> Floats:
@@ -118,12 +126,14 @@ class HazardTable:
         return levels
 
     def _densities(self, hazard: Floats) -> Floats:
-        """P(used within the horizon) / E[epochs held until then or its end], from each age bucket on."""
+        """P(used within a horizon) / E[epochs held until then or its end], from each age bucket on."""
         zero = np.zeros((len(hazard), 1))
         stays = np.exp(-hazard * self._width)
         alive = np.concatenate([zero + 1, np.cumprod(stays, axis=1)], axis=1)
         used = 1 - alive
         held = np.concatenate([zero, np.cumsum(alive[:, :-1] * (1 - stays) / hazard, axis=1)], axis=1)
-        gain, cost = used[:, self._ends] - used[:, :-1], held[:, self._ends] - held[:, :-1]
-        density: Floats = np.where(cost > 1e-9, gain / np.maximum(cost, 1e-9), hazard)
-        return density
+        best = np.zeros_like(hazard)
+        for ends in self._ends:
+            gain, cost = used[:, ends] - used[:, :-1], held[:, ends] - held[:, :-1]
+            best = np.maximum(best, np.where(cost > 1e-9, gain / np.maximum(cost, 1e-9), hazard))
+        return best

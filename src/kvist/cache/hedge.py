@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from kvist.cache.cache import PrefixCache
 
 EPOCHS = 16  # epochs in which a cache's worth of blocks is served
+HORIZONS = (EPOCHS, 4 * EPOCHS, 16 * EPOCHS)
 SLACK = 4  # unspent trust that a phase may take over, in longest requests
 
 _COUNTS = [0, 0, 1, 2, 3, 4, 5, 6, 7, *[8] * 4, *[9] * 8]  # requests of a line, by 0 … 16; more: 10
@@ -56,7 +57,7 @@ class Hedge(EvictionPolicy):
 
     def reset(self) -> None:
         size = self.cache.capacity_blocks
-        self.table = HazardTable((_LINE, _TEMPLATE), EPOCHS)
+        self.table = HazardTable((_LINE, _TEMPLATE), HORIZONS)
         self.history = History(self.cache.stride, size, self.table)
         self._clock = 0  # blocks served
         self._epoch_began = 0
