@@ -48,3 +48,20 @@ def test_fit_of_known_lines() -> None:
 def test_a_cache_of_one_token_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 2 tokens, not 1"):
         measure([1], ["rlt"])
+
+
+@pytest.mark.parametrize("against", ["cycle", "trap", "hunter"])
+def test_hedge_stays_within_the_bound(against: str) -> None:
+    """4 H_n + 6 is what docs/theory.md proves; the hunter must cost a rule-bound policy about n."""
+    rows = measure([10, 40, 160], ["hedge"], rounds=8, seeds=4, against=against)
+    for row in rows:
+        harmonic = sum(1 / k for k in range(1, row.n + 1))
+        assert row.ratios["hedge"] <= 4 * harmonic + 6
+    if against == "hunter":
+        (row,) = measure([160], ["l-lfu"], rounds=8, against=against)
+        assert row.ratios["l-lfu"] > 100
+
+
+def test_unknown_adversary() -> None:
+    with pytest.raises(ValueError, match="choose one of cycle, trap, hunter"):
+        measure([10], ["rlt"], against="friend")

@@ -96,16 +96,15 @@ class Hedge(EvictionPolicy):
 
     def hit(self, node: Node, now: float) -> None:
         here = node.state
+        if here.size > node.size:
+            here = self._cut(node, node.size)
         room = self.history.room(here)
         if room < here.size:
-            if 0 < room < node.size:
+            if room > 0:
                 self.cache.tree.split(node, room)  # `node` keeps the rest
-                self._ask(node.state.parent, 0)
-            elif room >= node.size:  # the rest of `here` is a ghost
-                self._cut(node, node.size)
-            here = node.state
-            if self.history.room(here) < here.size:
-                self._begin_phase(here.parent)
+                self._ask(here.parent, 0)
+                self._use(here.parent)
+            self._begin_phase(here.parent)
         self._ask(here, 0)
         self._use(here)
 

@@ -17,15 +17,18 @@ def theory(
     sizes: Annotated[list[str], typer.Option(help="Cache sizes in tokens.")] = [
         "10,30,100,300,1000,3000,10000"
     ],
-    policies: Annotated[list[str], typer.Option(help="Eviction policies.")] = ["l-lru,rlt"],
+    policies: Annotated[list[str], typer.Option(help="Eviction policies.")] = ["l-lru,rlt,hedge"],
     rounds: Annotated[int, typer.Option(min=2, help="Times the adversary goes round.")] = 6,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds to average randomized policies over.")] = 10,
+    against: Annotated[
+        str, typer.Option(help="Adversary: cycle, trap (first trains a predictor badly) or hunter.")
+    ] = "cycle",
     seed: Seed = 0,
     out: Out = None,
     as_json: Json = False,
     config: Config = None,
 ) -> None:
-    """Measure the cost of L-LRU and RLT over the offline optimum's, on the adversary's sequence."""
+    """Measure eviction policies' cost over the offline optimum's, on an adversary's sequence."""
     import msgspec
     from rich.console import Console
     from rich.table import Table
@@ -34,7 +37,14 @@ def theory(
     from kvist.theory import fit, growth, measure
 
     names = listed(policies, "--policies", list(EVICTIONS))
-    rows = measure([int(n) for n in numbers(sizes, "--sizes")], names, rounds=rounds, seeds=seeds, seed=seed)
+    rows = measure(
+        [int(n) for n in numbers(sizes, "--sizes")],
+        names,
+        rounds=rounds,
+        seeds=seeds,
+        seed=seed,
+        against=against,
+    )
     fits = {
         name: {shape: fit(rows, name, shape) for shape in ("linear", "log")} if len(rows) > 1 else {}
         for name in names
@@ -46,7 +56,7 @@ def theory(
     if as_json:
         typer.echo(msgspec.json.encode({"rows": rows, "fits": fits}).decode())
         return
-    table = Table(title="Misses over the offline optimum's, on the adversary's sequence")
+    table = Table(title=f"Misses over the offline optimum's ({against})")
     table.add_column("cache tokens", justify="right")
     for name in names:
         table.add_column(name, justify="right")
