@@ -31,7 +31,7 @@ class Process:
         self._known = threading.Event()
         self._port = 0
         threading.Thread(target=self._read, daemon=True).start()
-        assert self._known.wait(30) and self._port, f"{command} did not start: {self.lines}"
+        assert self._known.wait(120) and self._port, f"{command} did not start: {self.lines}"
         self.url = f"http://127.0.0.1:{self._port}"
 
     def _read(self) -> None:
@@ -126,7 +126,7 @@ def chat(text: str = "hello", **more: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": text}], **more}
 
 
-def wait_for(true: Any, seconds: float = 15.0) -> None:
+def wait_for(true: Any, seconds: float = 40.0) -> None:
     """Until `true()` is true."""
     end = time.monotonic() + seconds
     while not true():

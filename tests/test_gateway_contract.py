@@ -6,10 +6,11 @@ import json
 import socket
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
-from gateway_processes import Process, call, chat, engine, fake, metric, running, state, wait_for
+from gateway_processes import Process, at_rest, call, chat, engine, fake, metric, running, state, wait_for
 from test_gateway_tracing import Sink
 
 CHAT = "/v1/chat/completions"
@@ -226,3 +227,21 @@ def test_sglangs_flags_are_understood() -> None:
         assert call(gateway.url, CHAT, chat())[0] == 200
         time.sleep(0.05)
         assert state(gateway.url)["policy"] == "cache_aware"
+
+
+def test_clients_that_leave_while_a_thread_tokenises_leave_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    from test_gateway_tokens import write
+
+    folder = write(tmp_path / "tokenizer")
+    with running([fake()], f"--tokenizer={folder}") as gateway:
+        host, port = gateway.url.removeprefix("http://").split(":")
+        for i in range(30):
+            body = json.dumps(chat(f"{i} " + "many words " * 5000)).encode()
+            head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
+            with socket.create_connection((host, int(port))) as raw:
+                raw.sendall(head + body)
+        assert call(gateway.url, CHAT, chat("still here " * 3000))[0] == 200
+        wait_for(lambda: at_rest(gateway.url), 30)
+        assert metric(gateway.url, "kvist_tokenizer_in_threads_total") >= 30
+        assert metric(gateway.url, "kvist_tokenizer_as_text_total") == 0
