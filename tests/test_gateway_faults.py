@@ -64,7 +64,7 @@ def test_answers_and_streams_pass_byte_for_byte() -> None:
         assert float(explained["x-kvist-predicted-latency"]) >= 0
         assert metric(gateway.url, "kvist_requests_total", outcome="ok") == 3
         assert metric(gateway.url, "kvist_cached_true_total") == 100
-        wait_for(lambda: at_rest(gateway.url))
+        nothing_left(gateway)
 
 
 def test_a_broken_worker_is_retried_elsewhere_and_then_left_alone() -> None:
@@ -74,7 +74,7 @@ def test_a_broken_worker_is_retried_elsewhere_and_then_left_alone() -> None:
             assert call(gateway.url, CHAT, chat(f"{i}"))[0] == 200
         assert metric(gateway.url, "kvist_retries_total", worker=bad.url) == 3, "then its breaker is open"
         assert metric(gateway.url, "kvist_worker_breaker", worker=bad.url, state="open") == 1
-        assert at_rest(gateway.url)
+        nothing_left(gateway)
 
 
 @pytest.mark.parametrize(("mode", "words"), [("garbage", "not valid HTTP"), ("hang", "no answer in time")])
@@ -84,7 +84,7 @@ def test_without_another_worker_the_client_is_told(mode: str, words: str) -> Non
         status, body, _ = call(gateway.url, CHAT, chat())
         assert status == 502 and words in json.loads(body)["error"]["message"]
         assert time.monotonic() - start < 10
-        assert at_rest(gateway.url)
+        nothing_left(gateway)
         assert metric(gateway.url, "kvist_requests_total", outcome="failed") == 1
 
 
@@ -94,7 +94,7 @@ def test_with_another_worker_the_client_notices_nothing(mode: str) -> None:
     with running([bad, good], "--policy=round_robin", "--first-byte-timeout=2") as gateway:
         assert [call(gateway.url, CHAT, chat(f"{i}"))[0] for i in range(4)] == [200] * 4
         assert metric(gateway.url, "kvist_retries_total", worker=bad.url) >= 1
-        assert at_rest(gateway.url)
+        nothing_left(gateway)
 
 
 def test_an_answer_that_breaks_off_is_cut_not_completed() -> None:
@@ -107,7 +107,7 @@ def test_an_answer_that_breaks_off_is_cut_not_completed() -> None:
             raise ConnectionError  # closed without the end of the chunks
         assert b"data:" in data and not data.endswith(b"0\r\n\r\n")
         assert metric(gateway.url, "kvist_cut_total") == 1
-        assert at_rest(gateway.url)
+        nothing_left(gateway)
 
 
 def test_a_worker_killed_amid_its_streams() -> None:
@@ -133,7 +133,7 @@ def test_a_worker_killed_amid_its_streams() -> None:
         assert ends.count(True) == 3 and ends.count(False) == 3, "those on the other worker are whole"
         assert metric(gateway.url, "kvist_cut_total", worker=dying.url) == 3
         assert [call(gateway.url, CHAT, chat(f"{i}"))[0] for i in range(6)] == [200] * 6
-        wait_for(lambda: at_rest(gateway.url))
+        nothing_left(gateway)
         wait_for(lambda: metric(gateway.url, "kvist_worker_healthy", worker=dying.url) == 0)
         assert metric(gateway.url, "kvist_worker_upstream_connections", worker=dying.url) == 0
 
@@ -274,7 +274,7 @@ def test_a_slow_reader_makes_no_memory_grow() -> None:
         time.sleep(1.5)
         grown = gateway.rss() - before
         assert grown < 48 << 20, f"{grown >> 20} MiB for 32 slow readers"
-        wait_for(lambda: at_rest(gateway.url))  # they are cut after the timeout
+        nothing_left(gateway)  # they are cut after the timeout
         for sock in clients:
             sock.close()
 
@@ -293,7 +293,7 @@ def test_overload_is_refused_with_a_time_to_come_back() -> None:
         assert len(refused) >= 12, "12 at once for want of a place, the queued ones after a second"
         assert all(int(headers["retry-after"]) >= 1 for headers in refused)
         assert metric(gateway.url, "kvist_refused_requests_total", status="503") == len(refused)
-        wait_for(lambda: at_rest(gateway.url))
+        nothing_left(gateway)
 
 
 def test_sigterm_lets_a_stream_come_to_its_end() -> None:
