@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(*options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks.gateway", "--load=own", "--rounds=1", "--seconds=1", *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    command = [sys.executable, "-m", "benchmarks.gateway", "--load=own", "--rounds=1", "--seconds=1"]
+    return subprocess.run([*command, *options], capture_output=True, text=True, timeout=120, cwd=ROOT)
 
 
 def test_it_measures_kvist_and_leaves_out_a_peer_that_is_missing() -> None:

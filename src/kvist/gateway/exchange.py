@@ -364,7 +364,9 @@ class Exchange:
 
     def _read_usage(self, outcome: Outcome) -> None:
         """True token counts from the end of the answer, scaled to the index's units."""
-        usage = {name: int(value) for name, value in _USAGE.findall(self._tail)}
+        tail = self._tail
+        found = _USAGE.findall(tail, max(tail.rfind(b'"usage"'), 0))
+        usage = {name: int(value) for name, value in found}
         outcome.output_tokens = usage.get(b"completion_tokens", usage.get(b"output_tokens", 0))
         cached = usage.get(b"cached_tokens")
         prompt = usage.get(b"prompt_tokens", usage.get(b"input_tokens", 0))

@@ -107,12 +107,11 @@ def _salt(kind: str, body: Body, tenant: str) -> bytes:
     parts = [kind.encode(), (body.model or "").encode("utf-8", "surrogatepass")]
     if body.cache_salt:
         parts += [tenant.encode(), body.cache_salt.encode("utf-8", "surrogatepass")]
-    for extra in (
-        body.documents,
-        body.chat_template,
-        body.chat_template_kwargs,
-        body.mm_processor_kwargs,
-        body.lora_path,
-    ):
-        parts.append(bytes(extra))
+    parts += (
+        bytes(body.documents),
+        bytes(body.chat_template),
+        bytes(body.chat_template_kwargs),
+        bytes(body.mm_processor_kwargs),
+        bytes(body.lora_path),
+    )
     return b"\0".join(parts)

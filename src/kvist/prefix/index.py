@@ -95,14 +95,17 @@ class PrefixIndex:
         holders: int = path[0].state
         depth = 0
         for node in path:
-            still = holders & node.state
-            if still != holders:
-                for slot in bits(holders ^ still):
-                    cached[slot] = depth
-                holders = still
+            gone = holders & ~node.state
+            while gone:  # as `bits`, inlined: this runs for every request
+                low = gone & -gone
+                cached[low.bit_length() - 1] = depth
+                gone ^= low
+                holders ^= low
             depth += (walk.part if node is partial else node.size) * self.block_size
-        for slot in bits(holders):
-            cached[slot] = depth
+        while holders:
+            low = holders & -holders
+            cached[low.bit_length() - 1] = depth
+            holders ^= low
         return cached
 
     def routed(self, query: Query, slot: int) -> None:

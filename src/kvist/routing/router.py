@@ -90,8 +90,10 @@ class Router:
             cached = self.index.match(query, self._slots)
             if 0 < policy.shortlist < len(candidates):
                 candidates = shortlist(candidates, cached, policy.shortlist, policy.rng)
+            length = query.length
             for candidate in candidates:
-                candidate.cached = min(cached[candidate.worker.slot], query.length)
+                held = cached[candidate.worker.slot]
+                candidate.cached = held if held < length else length
         else:
             for candidate in candidates:
                 candidate.cached = 0
