@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from kvist.cachebench import working_set
 from kvist.cli import main
 from kvist.report.suite import body, suite_table, write
-from kvist.suite import GENERATED, run, workloads
+from kvist.suite import GENERATED, in_design, run, workloads
+from kvist.workloads import make_workload
 
 SPECS = ["gsp:groups=8,prompts=8,lengths=64/256", "sharegpt:clients=6,message=32"]
 
@@ -33,7 +35,7 @@ def test_the_same_in_several_processes() -> None:
 
 def test_table_and_files(tmp_path: Path) -> None:
     outcome = run(SPECS, ["rlt"], percent=(5.0,), seeds=2)
-    assert suite_table(outcome).row_count == len(body(outcome)) == 2 + 2
+    assert suite_table(outcome).row_count == len(body(outcome)) == 2 + 2 * 2
     write(outcome, tmp_path)
     assert len((tmp_path / "suite.csv").read_text().splitlines()) == 1 + 2 * 3
     assert json.loads((tmp_path / "suite.json").read_text())["closed"]["belady"] == pytest.approx(1.0)
@@ -51,3 +53,24 @@ def test_unknown_suite(capsys: pytest.CaptureFixture[str]) -> None:
         main(["bench", "--suite", "grand"])
     assert stop.value.code == 2
     assert "--suite: unknown 'grand'" in capsys.readouterr().err
+
+
+def test_held_out_workloads_are_reported_apart() -> None:
+    assert in_design("gsp") and in_design("trace:/x/mooncake_conversation.jsonl:limit=4000")
+    assert not in_design("gsp:order=grouped") and not in_design(
+        "trace:/x/tau_airline_gpt4o_messages.jsonl.gz"
+    )
+    outcome = run(["scan:requests=300"], ["rlt"], percent=(30.0,))
+    assert outcome.design is None
+    assert outcome.held_out is not None and outcome.held_out.closed == outcome.closed
+    assert [row[0][0] for row in body(outcome)][-2:] == ["held out: gap closed", "held out: worst loss"]
+
+
+@pytest.mark.parametrize("name", ["rag", "agents", "tenants", "scan"])
+def test_generated_families(name: str) -> None:
+    queries = list(make_workload(f"{name}:requests=200", seed=3))
+    again = list(make_workload(f"{name}:requests=200", seed=3))
+    assert [q.prompt for q in queries] == [q.prompt for q in again]
+    assert len(queries) == 200
+    _, hit_rate = working_set(f"{name}:requests=200", None, 3, 16)
+    assert 0.2 < hit_rate < 0.95

@@ -49,6 +49,7 @@ def bench(
         str | None,
         typer.Option(help="standard: all eviction policies on all workloads and cache sizes."),
     ] = None,
+    quick: Annotated[bool, typer.Option(help="--suite in minutes: two cache sizes, blocks of 16.")] = False,
     traces: Annotated[
         Path, typer.Option(help="Folder of trace files for --suite; those it lacks are left out.")
     ] = Path("../shared/traces"),
@@ -83,7 +84,7 @@ def bench(
             raise typer.BadParameter(f"--suite: unknown {suite!r}: choose standard")
         if executor != "processes":
             raise typer.BadParameter("--executor: the suite runs in processes only")
-        _suite(evictions, traces, block_size, seeds, seed, jobs, out, as_json)
+        _suite(evictions, traces, 16 if quick else block_size, quick, seeds, seed, jobs, out, as_json)
         return
     profiles = listed(profile, "--profile")
     for name in profiles:
@@ -151,6 +152,7 @@ def _suite(
     evictions: list[str] | None,
     traces: Path,
     block_size: int,
+    quick: bool,
     seeds: int,
     seed: int,
     jobs: int,
@@ -163,14 +165,21 @@ def _suite(
     from kvist.cache import EVICTIONS
     from kvist.cli.progress import progress
     from kvist.report.suite import suite_table, write
-    from kvist.suite import run, workloads
+    from kvist.suite import PERCENT, QUICK, run, workloads
 
     online = [name for name in EVICTIONS if name != "belady"]
     names = online if not evictions else listed(evictions, "--evictions", online)
     specs = workloads(traces)
     with progress(len(specs) * seeds, "replaying") as advance:
         outcome = run(
-            specs, names, block_size=block_size, seeds=seeds, seed=seed, jobs=jobs, progress=advance
+            specs,
+            names,
+            percent=QUICK if quick else PERCENT,
+            block_size=block_size,
+            seeds=seeds,
+            seed=seed,
+            jobs=jobs,
+            progress=advance,
         )
     if out is not None:
         write(outcome, out)

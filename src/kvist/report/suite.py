@@ -34,14 +34,22 @@ def body(outcome: Outcome, *, intervals: bool = True) -> list[list[tuple[str, bo
             text = f"{100 * rate:.1f}" + (f" ±{100 * ci:.1f}" if intervals and ci >= 0.0005 else "")
             row.append((text, name != CEILING and f"{rate:.3f}" == f"{top:.3f}"))
         rows.append(row)
-    closed = [("gap closed", False), (f"{outcome.counted} points", False)]
-    worst = [("worst loss", False), ("to the best", False)]
+    for title, part in (("all", outcome), ("design", outcome.design), ("held out", outcome.held_out)):
+        if part is not None:
+            rows += _totals(title, part)
+    return rows
+
+
+def _totals(title: str, outcome: Outcome) -> list[list[tuple[str, bool]]]:
+    """Two rows: the share of the gap that each policy closes, its worst loss to the best online policy."""
+    closed = [(f"{title}: gap closed", False), (f"{outcome.counted} points", False)]
+    worst = [(f"{title}: worst loss", False), ("to the best", False)]
     for name in names(outcome):
         ci = outcome.closed_ci[name]
         text = f"{100 * outcome.closed[name]:.0f}%" + (f" ±{100 * ci:.0f}" if ci >= 0.005 else "")
         closed.append((text, False))
         worst.append(("" if name == CEILING else f"{100 * outcome.worst[name]:.1f}", False))
-    return [*rows, closed, worst]
+    return [closed, worst]
 
 
 def note() -> str:

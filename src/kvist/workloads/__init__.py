@@ -9,9 +9,12 @@ from kvist.workloads.base import Workload
 from kvist.workloads.conversations import ShareGPT, UltraChat
 from kvist.workloads.gsp import GSP
 from kvist.workloads.loogle import LooGLE
+from kvist.workloads.mixes import RAG, Agents, Scan, Tenants
 from kvist.workloads.trace import Trace
 
-WORKLOADS: dict[str, type[Workload]] = {w.name: w for w in (GSP, ShareGPT, UltraChat, LooGLE, Trace)}
+WORKLOADS: dict[str, type[Workload]] = {
+    w.name: w for w in (GSP, ShareGPT, UltraChat, LooGLE, RAG, Agents, Tenants, Scan, Trace)
+}
 
 
 def make_workload(spec: str, *, rate: float | None = None, seed: int = 0) -> Workload:
