@@ -211,7 +211,7 @@ class Engine:
         assert (cache.evictable_size(), cache.protected_size()) == (evictable, protected)
         assert set(cache.evictable_leaves) == leaves
         assert cache.host.tree.total == len(cached) // page
-        assert all(node.size == len(node.key) // page for node, _, _ in self.nodes())
+        self._check_twins()
         owned = [slot for run in self.running for slot in run.own.tolist()]
         pages = self.allocator.get_all_free_pages().tolist()
         free = [p * page + i for p in pages for i in range(page)] if page > 1 else pages
@@ -220,6 +220,15 @@ class Engine:
         if cache.kv_events.enabled:
             self.replay()
             assert self.stored == self.blocks()
+
+    def _check_twins(self) -> None:
+        """The policy's tree has the shape of SGLang's."""
+        for node, _, _ in self.nodes():
+            twin = node.twin
+            assert twin.engine is node and twin.size == len(node.key) // self.page
+            assert twin.parent is node.parent.twin and twin.parent.children[twin.first] is twin
+            assert len(twin.children) == len(node.children)
+        assert len(self.cache.host.tree.root.children) == len(self.cache.root_node.children)
 
 
 def request(tokens: Prefix, extra: str | None = None) -> Any:

@@ -25,7 +25,7 @@ if find_spec("sglang") is None:
 from sglang_radix import Engine, EvictParams, make_cache
 
 ONLINE = sorted(set(EVICTIONS) - {"belady"})
-PROPERTY = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+PROPERTY = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 PAGES = [1, 16]
 Prefix = tuple[int, ...]
 

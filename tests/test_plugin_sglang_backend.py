@@ -227,5 +227,5 @@ def test_a_waiting_prefix_is_recent_but_no_hit() -> None:
     cache.touch_prefix(key_of((1,) * 10))
     cache.evict(EvictParams(num_tokens=10))
     assert {prefix for _, _, prefix in engine.nodes()} == {(1,) * 10}
-    assert all(node.hits == 0 for node, _, _ in engine.nodes())
+    assert all(node.twin.hits == 0 for node, _, _ in engine.nodes())
     engine.check()

@@ -12,23 +12,29 @@ from __future__ import annotations
 
 import copy
 import time
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import EvictResult, MatchPrefixParams
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
 from sglang.srt.mem_cache.utils import split_node_hash_value
 
 from kvist.cache import EvictionPolicy
-from kvist.plugins.sglang.host import Leaves, PolicyHost, adopt
+from kvist.plugins.sglang.host import EngineNode, Leaves, PolicyHost
+
+_TOKEN = 8  # bytes: SGLang's keys are arrays of 64-bit token ids
 
 
 class CutNode(TreeNode):
-    """A node that may have lost tokens at its end: key and value are cut to `end` when they are next read.
+    """A node with its twin in the policy's tree. Where it lost tokens at its end, key and value follow late:
+    they are cut to `end` when they are next read.
 
     An eviction touches many leaves for a token or two each, and most are cut again before anybody reads them.
     """
 
+    twin: Any
     whole_key: Any
     whole_value: Any
     end: int  # tokens of `whole_key` and `whole_value` that are left
@@ -76,19 +82,27 @@ class KvistRadixCache(RadixCache):
     def __init__(self, params: Any, policy: EvictionPolicy, capacity: int | None = None) -> None:
         self.policy = policy
         slots = params.token_to_kv_pool_allocator.size if capacity is None else capacity
-        self.host = PolicyHost(slots, policy, params.page_size, shrink=self._shrink, drop=self._drop)
+        self.host = PolicyHost(
+            slots,
+            policy,
+            block_size=params.page_size,
+            unit=_TOKEN * (1 + params.is_eagle),
+            shrink=self._shrink,
+            drop=self._drop,
+            cut=self._cut,
+        )
         self._now = 0
         self._again = False  # the call inside repeats a request that was counted
-        self._arrived: Any = None
         self._freed: list[torch.Tensor] = []
         super().__init__(params)
         self._events = self.kv_events.enabled
 
     def reset(self) -> None:
-        self.evictable_leaves = Leaves(self.policy, self._arrive)
+        self.evictable_leaves = Leaves(self.policy)
+        self.host.tree.clear()
         self.policy.reset()
-        self.host.tree.total = 0
         super().reset()
+        self.root_node.twin = self.host.tree.root
 
     def match_prefix(self, params: Any) -> Any:
         result = super().match_prefix(params)
@@ -105,12 +119,25 @@ class KvistRadixCache(RadixCache):
         self._repeat(super().checkpoint, req, **kwargs)
 
     def insert(self, params: Any) -> Any:
-        self._now += 1
-        self._arrived = None
         result = super().insert(params)
-        if self._arrived is None and not self.disable:
-            self._touch(result.last_device_node)
+        if not self.disable:
+            self._now += 1
+            self._inserted(result.last_device_node)
         return result
+
+    def _inserted(self, last: Any) -> None:
+        """The path down to `last` was used; `last` may be new. SGLang has done all of its own by now."""
+        new = type(last) is not CutNode and last is not self.root_node
+        for node in self._path(last.parent if new else last):
+            self.policy.touch(node.twin, self._now)
+        if not new:
+            return
+        key = last.key
+        self._adopt(last)
+        twin = self.host.tree.grow(last.parent.twin, _packed(key), _salt(key), last)
+        self.policy.insert(twin, self._now)
+        if last in self.evictable_leaves:
+            self.policy.candidate(twin)
 
     def evict(self, params: Any) -> Any:
         """Free `num_tokens` tokens, rounded up to pages; fewer where all else is locked."""
@@ -135,19 +162,15 @@ class KvistRadixCache(RadixCache):
         counted = getattr(req, "kvist_matched", None)  # tokens of the request already counted as hits
         if counted is None and not self._again:
             policy.begin(None, self._now)
-        end = 0
-        for node in self._path(last):
-            end += len(node.key)
+        path = self._path(last)
+        ends = list(accumulate(len(node.key) for node in path))  # first: a policy may cut what it is shown
+        for node, end in zip(path, ends, strict=True):
             if self._again or end <= (counted or 0):
-                policy.touch(node, self._now)
+                policy.touch(node.twin, self._now)
             else:
-                policy.hit(node, self._now)
+                policy.hit(node.twin, self._now)
         if req is not None:
-            req.kvist_matched = max(end, counted or 0)
-
-    def _touch(self, last: Any) -> None:
-        for node in self._path(last):
-            self.policy.touch(node, self._now)
+            req.kvist_matched = max(*ends, counted or 0) if ends else counted or 0
 
     def _repeat(self, call: Any, *args: Any, **kwargs: Any) -> None:
         self._again = True
@@ -165,56 +188,71 @@ class KvistRadixCache(RadixCache):
         path.reverse()
         return path
 
-    def _arrive(self, node: Any) -> None:
-        """SGLang made a leaf: the nodes above it were used, then it came."""
-        self._touch(node.parent)
-        self._adopt(node, len(node.key))
-        self._arrived = node
-        self.host.tree.total += node.size
-        self.policy.insert(node, self._now)
-
     def _split_node(self, key: Any, child: Any, split_len: int) -> Any:
         upper = super()._split_node(key, child, split_len)
-        self._adopt(upper, split_len)
-        child.size -= upper.size
         child.end -= split_len
-        self.policy.split(upper, child)
+        self._adopt(upper)
+        self.host.tree.part(child.twin, split_len // self.page_size, upper)
         return upper
 
-    def _adopt(self, node: Any, tokens: int) -> None:
+    def _adopt(self, node: Any) -> None:
         fields = vars(node)
         fields["whole_key"], fields["whole_value"] = fields.pop("key"), fields.pop("value")
-        adopt(node, tokens // self.page_size)
-        node.end, node.stale, node.__class__ = tokens, False, CutNode
+        node.end, node.stale, node.__class__ = len(node.whole_key), False, CutNode
 
-    def _shrink(self, node: Any, keep: int) -> None:
+    def _cut(self, node: EngineNode, blocks: int) -> EngineNode:
+        """Split a node because the policy wants to tell its two parts apart."""
+        engine = node.engine
+        upper: EngineNode = self._split_node(engine.key, engine, blocks * self.page_size).twin
+        return upper
+
+    def _shrink(self, node: EngineNode, keep: int) -> None:
         """Give back the slots of a leaf behind its first `keep` pages, and say so in KV events."""
-        at, end, value = keep * self.page_size, node.end, node.whole_value
+        engine = node.engine
+        at, end, value = keep * self.page_size, engine.end, engine.whole_value
         if at == end or value is None:
             return
         self._freed.append(value[at:end])
         if self._events:
-            self._announce(node, at)
+            self._announce(engine, at)
         if at:
-            node.end, node.stale = at, True
+            engine.end, engine.stale = at, True
             self.evictable_size_ -= end - at
         else:
-            node.value = None  # `evicted`, in SGLang's terms; `_drop` unlinks it
+            engine.value = None  # `evicted`, in SGLang's terms; `_drop` unlinks it
 
-    def _announce(self, node: Any, at: int) -> None:
+    def _announce(self, engine: Any, at: int) -> None:
         """Record that the pages behind `at` tokens are removed, and drop their hashes."""
-        tail = copy.copy(node)
-        tail.key = node.key[at:]
-        node.hash_value, tail.hash_value = split_node_hash_value(node.hash_value, at, self.page_size)
-        node.event_hash_value, tail.event_hash_value = split_node_hash_value(
-            node.event_hash_value, at, self.page_size
+        key = engine.key
+        tail = copy.copy(engine)
+        tail.key = key[at:]
+        engine.hash_value, tail.hash_value = split_node_hash_value(engine.hash_value, at, self.page_size)
+        engine.event_hash_value, tail.event_hash_value = split_node_hash_value(
+            engine.event_hash_value, at, self.page_size
         )
         self.kv_events.record_remove(tail)
 
-    def _drop(self, node: Any) -> None:
+    def _drop(self, node: EngineNode) -> None:
         """Unlink a leaf that has no page left; its parent may become a leaf."""
-        self.evictable_leaves.remove(node)
+        engine, parent = node.engine, node.parent
+        assert parent is not None
+        self.evictable_leaves.remove(engine)
+        del parent.children[node.first]
+        node.parent = None
         self.policy.remove(node)
         self._shrink(node, 0)
-        self._delete_leaf(node)
-        node.parent = None
+        self._delete_leaf(engine)
+        engine.parent = None
+
+
+def _packed(key: Any) -> bytes:
+    """The tokens of a key as bytes, pair by pair where the key counts pairs (EAGLE)."""
+    tokens = np.frombuffer(key.raw_token_ids(), np.int64)
+    return (np.column_stack([tokens[:-1], tokens[1:]]) if key.is_bigram else tokens).tobytes()
+
+
+def _salt(key: Any) -> bytes:
+    """What keeps the prefixes of adapters and tenants apart."""
+    if key.extra_key is None and key.cache_salt is None:
+        return b""
+    return repr((key.extra_key, key.cache_salt)).encode()
