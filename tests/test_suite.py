@@ -68,9 +68,9 @@ def test_held_out_workloads_are_reported_apart() -> None:
 
 @pytest.mark.parametrize("name", ["rag", "agents", "tenants", "scan"])
 def test_generated_families(name: str) -> None:
-    queries = list(make_workload(f"{name}:requests=200", seed=3))
-    again = list(make_workload(f"{name}:requests=200", seed=3))
+    queries = list(make_workload(f"{name}:requests=600", seed=3))
+    again = list(make_workload(f"{name}:requests=600", seed=3))
     assert [q.prompt for q in queries] == [q.prompt for q in again]
-    assert len(queries) == 200
-    _, hit_rate = working_set(f"{name}:requests=200", None, 3, 16)
+    assert len(queries) == 600
+    _, hit_rate = working_set(f"{name}:requests=600", None, 3, 16)
     assert 0.2 < hit_rate < 0.95
