@@ -36,7 +36,7 @@ from sglang_radix import (
 from kvist.cache import make_eviction
 
 SGLANG = ("lru", "slru")
-KVIST = ("l-lru", "slru", "rlt")
+KVIST = ("l-lru", "slru", "rlt", "hedge")
 BASE = "sglang lru"
 
 
@@ -76,7 +76,7 @@ def serve(cache: Any, tokens: array[int]) -> float:
     return perf_counter() - start
 
 
-def measure(tokens: int, nodes: int, free: int, calls: int) -> dict[str, tuple[float, int, float]]:
+def measure(tokens: int, nodes: int, free: int, calls: int) -> dict[str, tuple[float, int, float | None]]:
     """By cache: median ms a call, median tokens freed, median us a request (match and insert)."""
     length = tokens // nodes
     made = caches(tokens)
@@ -103,7 +103,7 @@ def measure(tokens: int, nodes: int, free: int, calls: int) -> dict[str, tuple[f
         name: (
             median(cost[name]) * 1e3,
             int(median(freed[name])),
-            median(request[name]) * 1e6 if request[name] else float("nan"),
+            median(request[name]) * 1e6 if request[name] else None,
         )
         for name in made
     }
@@ -123,7 +123,8 @@ def main() -> None:
                 for name, (ms, freed, request) in rows.items():
                     print(
                         f"{tokens:>9} {nodes:>6} {free:>6} {name:14} {ms:9.3f} {freed:>7} "
-                        f"{ms * 1e3 / freed:9.3f} {ms / rows[BASE][0]:13.2f} {request:11.0f}",
+                        f"{ms * 1e3 / freed:9.3f} {ms / rows[BASE][0]:13.3f} "
+                        + (f"{request:11.0f}" if request is not None else f"{'-':>11}"),
                         flush=True,
                     )
 
