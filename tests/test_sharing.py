@@ -38,7 +38,12 @@ shares = st.builds(
     workers=st.dictionaries(
         st.sampled_from(["w0", "w1"]),
         st.builds(
-            WorkerShare, st.integers(0, 9), st.integers(0, 99), st.integers(0, 99), st.floats(0, 9, width=16)
+            WorkerShare,
+            st.integers(0, 9),
+            st.integers(0, 99),
+            st.integers(0, 9),
+            st.integers(0, 99),
+            st.floats(0, 9, width=16),
         ),
     ),
 )
@@ -86,7 +91,7 @@ def test_a_share_seen_again_is_no_fresher_and_a_restart_is() -> None:
 
 
 def test_what_cannot_be_read_is_left_out() -> None:
-    good = Share("a", 1, 1, "lbgr", {"w": WorkerShare(1, 2, 3, 4.0)})
+    good = Share("a", 1, 1, "lbgr", {"w": WorkerShare(1, 2, 1, 3, 4.0)})
     assert decode(encode(good)) == good
     for bad in (
         b"",
@@ -181,13 +186,14 @@ def test_counters_are_ones_own_requests_and_what_fresh_peers_told(
             for state in fleet.router.workers:
                 own_now = sum(t.worker is state for t in flying[i])
                 assert state.in_flight == own_now + shown[i][state.id]
+                assert 0 <= state.waiting <= state.in_flight
                 assert state.pending_prefill >= 0 and state.load_elsewhere >= 0
     for i, fleet in enumerate(fleets):
         for ticket in flying[i]:
             fleet.router.complete(ticket, Outcome(Status.CANCELLED), now)
         fleet.refresh(now + 2 * fresh_for)
         for state in fleet.router.workers:
-            assert state.in_flight == state.in_flight_tokens == state.pending_prefill == 0
+            assert state.in_flight == state.in_flight_tokens == state.waiting == state.pending_prefill == 0
             assert state.load_elsewhere == 0
 
 
@@ -196,7 +202,7 @@ def test_lbgr_goes_round_what_others_have_loaded() -> None:
     for name in ("w0", "w1"):
         router.add_worker(name)
     fleet = SharedFleet(router, "me", 1, 1.0)
-    busy = WorkerShare(6, 24_000, 20_000, 20.0)
+    busy = WorkerShare(6, 24_000, 5, 20_000, 20.0)
     fleet.peers.receive([Share("a", 1, 1, "lbgr", {"w0": busy})], 0.0)
     fleet.refresh(0.0)
     chosen = [router.route(Query(i, pack(range(i * 500, i * 500 + 400))), 0.01 * i) for i in range(6)]

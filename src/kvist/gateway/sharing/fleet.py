@@ -32,6 +32,7 @@ class SharedFleet:
                 workers[state.id] = WorkerShare(
                     max(part.in_flight, 0),
                     max(part.in_flight_tokens, 0),
+                    max(part.waiting, 0),
                     max(part.pending_prefill, 0),
                     max(part.load, 0.0),
                 )
@@ -57,10 +58,11 @@ class SharedFleet:
 
 def _figures(state: WorkerState) -> WorkerShare:
     load = state.load + state.load_elsewhere
-    return WorkerShare(state.in_flight, state.in_flight_tokens, state.pending_prefill, load)
+    return WorkerShare(state.in_flight, state.in_flight_tokens, state.waiting, state.pending_prefill, load)
 
 
 def _add(state: WorkerState, part: WorkerShare) -> None:
     state.in_flight += part.in_flight
     state.in_flight_tokens += part.in_flight_tokens
+    state.waiting += part.waiting
     state.pending_prefill += part.pending_prefill

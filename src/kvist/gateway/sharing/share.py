@@ -22,6 +22,7 @@ class WorkerShare(msgspec.Struct, array_like=True, frozen=True):
 
     in_flight: int = 0
     in_flight_tokens: int = 0
+    waiting: int = 0
     pending_prefill: int = 0
     load: float = 0.0  # in the unit of the gateway's policy
 
@@ -29,6 +30,7 @@ class WorkerShare(msgspec.Struct, array_like=True, frozen=True):
         return WorkerShare(
             self.in_flight + other.in_flight,
             self.in_flight_tokens + other.in_flight_tokens,
+            self.waiting + other.waiting,
             self.pending_prefill + other.pending_prefill,
             self.load + other.load,
         )
@@ -37,6 +39,7 @@ class WorkerShare(msgspec.Struct, array_like=True, frozen=True):
         return WorkerShare(
             self.in_flight - other.in_flight,
             self.in_flight_tokens - other.in_flight_tokens,
+            self.waiting - other.waiting,
             self.pending_prefill - other.pending_prefill,
             self.load - other.load,
         )
