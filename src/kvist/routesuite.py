@@ -20,7 +20,7 @@ from kvist.workloads import make_workload
 
 CLAIRVOYANT = "clairvoyant"
 OURS = "lbgr"
-LOADS = (0.3, 0.7, 0.9, 1.1)
+LOADS = (0.3, 0.9, 1.1)
 LOADED = 0.6
 WARM = 0.1  # of the requests, not counted
 
@@ -104,12 +104,13 @@ def workloads(traces: Path | None, *, held_out: bool = False) -> list[str]:
 
 
 def points(traces: Path | None, loads: Sequence[float] = LOADS) -> list[Point]:
-    """All points; held out are those of a held-out workload or fleet."""
+    """All points. Those held out have a held-out workload, on a plain fleet and on the held-out ones."""
     found = []
     for held_out in (False, True):
         for workload in workloads(traces, held_out=held_out):
             for fleet in FLEETS:
-                found += [Point(workload, fleet, load, held_out or fleet.held_out) for load in loads]
+                if fleet.held_out is held_out or (held_out and fleet is FLEETS[0]):
+                    found += [Point(workload, fleet, load, held_out) for load in loads]
     return found
 
 

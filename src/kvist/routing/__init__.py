@@ -11,9 +11,11 @@ from kvist.routing.lbgr import LBGR
 from kvist.routing.lbgr_paper import LBGRPaper
 from kvist.routing.lbgr_reference import LBGRReference
 from kvist.routing.linear import KVScore, LMetric
+from kvist.routing.preble import Preble
 from kvist.routing.prefix_hash import PrefixHash
 from kvist.routing.router import NoWorker, Router
 from kvist.routing.simple import LeastLoad, PowerOfTwo, RandomChoice, RoundRobin
+from kvist.routing.skylb import SkyLB
 
 ROUTERS: dict[str, type[RoutingPolicy]] = {
     policy.name: policy
@@ -24,6 +26,8 @@ ROUTERS: dict[str, type[RoutingPolicy]] = {
         CacheAware,
         KVScore,
         LMetric,
+        Preble,
+        SkyLB,
         PrefixHash,
         LeastLoad,
         PowerOfTwo,

@@ -27,8 +27,11 @@ from kvist.routing.base import Outcome, RoutingPolicy, Status
 from kvist.routing.router import NoWorker, Router
 from kvist.sim.base import SimConfig, SimResult, WorkerSpec
 from kvist.sim.clairvoyant import Clairvoyant
+from kvist.sim.llmd import LLMD
 from kvist.sim.record import Recorder
 from kvist.sim.worker import Flight, Worker
+
+SIMULATOR_ONLY: dict[str, type[RoutingPolicy]] = {policy.name: policy for policy in (Clairvoyant, LLMD)}
 
 
 def simulate(
@@ -63,10 +66,14 @@ class Cluster:
 
     def _policy(self, config: SimConfig) -> RoutingPolicy:
         rng = Random(f"{config.seed}/router")
-        if config.router != Clairvoyant.name:
+        if config.router not in SIMULATOR_ONLY:
             return make_policy(config.router, rng=rng, **config.router_params)
-        policy = Clairvoyant(rng=rng, **config.router_params)
-        policy.cluster = self
+        try:
+            policy = SIMULATOR_ONLY[config.router](rng=rng, **config.router_params)
+        except TypeError as error:
+            raise ValueError(f"routing policy {config.router}: {error}") from None
+        if isinstance(policy, Clairvoyant):
+            policy.cluster = self
         return policy
 
     def run(self, queries: Iterable[Query]) -> SimResult:
