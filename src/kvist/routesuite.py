@@ -8,18 +8,24 @@ looked at while LBGR was designed and are reported apart.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
+from math import exp, log
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
+from kvist.bench import half_width
 from kvist.sim import SimConfig, SimResult, simulate
 from kvist.sim.base import WorkerSpec
 from kvist.workloads import make_workload
 
 CLAIRVOYANT = "clairvoyant"
-OURS = "lbgr"
+BASELINES = ("lmetric", "kv_score", "cache_aware", "preble", "skylb")
+DEFAULT = ("lbgr", *BASELINES, CLAIRVOYANT)
+QUICK = (0.3, 0.9)
 LOADS = (0.3, 0.9, 1.1)
 LOADED = 0.6
 WARM = 0.1  # of the requests, not counted
@@ -143,3 +149,149 @@ def run_unit(unit: Unit) -> SimResult:
         seed=unit.seed,
     )
     return simulate(make_workload(point.workload, rate=rate, seed=unit.seed), config)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One point: seconds to first token by router, mean over seeds; half the 95 % interval (0 for one)."""
+
+    workload: str
+    fleet: str
+    load: float
+    held_out: bool
+    mean: dict[str, float]
+    p99: dict[str, float]
+    mean_ci: dict[str, float]
+    p99_ci: dict[str, float]
+    hit_rate: dict[str, float]
+
+    @property
+    def loaded(self) -> bool:
+        return self.load >= LOADED
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A router on a group of points, for the mean or the 99th percentile.
+
+    to_best: geometric mean over points of its value over that of the point's best baseline (another one);
+    to_single: over the single baseline that is best on the whole group; to_clairvoyant: over the clairvoyant.
+    worse: points where it is above the best baseline by more than both intervals (one seed: 2 %). worst: the
+    largest ratio to the best baseline.
+    """
+
+    group: str
+    router: str
+    figure: str
+    points: int
+    to_best: float
+    to_single: float
+    to_clairvoyant: float
+    worse: int
+    worst: float
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    routers: tuple[str, ...]
+    seeds: int
+    lines: list[Line]
+    standings: list[Standing]
+
+
+def run(
+    found: Sequence[Point],
+    routers: Sequence[str] = DEFAULT,
+    *,
+    seeds: int = 1,
+    seed: int = 0,
+    jobs: int = 1,
+    progress: Callable[[], None] = lambda: None,
+) -> Outcome:
+    """The suite's result, the same in any number of processes. Raises ValueError for unknown routers."""
+    units = [Unit(point, router, (), seed + i) for point in found for router in routers for i in range(seeds)]
+    done: list[SimResult | None] = [None] * len(units)
+    if jobs == 1:
+        for i, unit in enumerate(units):
+            done[i] = run_unit(unit)
+            progress()
+    else:
+        with ProcessPoolExecutor(jobs) as pool:
+            futures = {pool.submit(run_unit, unit): i for i, unit in enumerate(units)}
+            for future in as_completed(futures):
+                done[futures[future]] = future.result()
+                progress()
+    results = iter([result for result in done if result is not None])
+    lines = []
+    for point in found:
+        runs = {router: [next(results) for _ in range(seeds)] for router in routers}
+        lines.append(
+            Line(
+                point.workload,
+                point.fleet.name,
+                point.load,
+                point.held_out,
+                {name: mean(r.ttft.mean for r in each) for name, each in runs.items()},
+                {name: mean(r.ttft.p99 for r in each) for name, each in runs.items()},
+                {name: _ci([r.ttft.mean for r in each]) for name, each in runs.items()},
+                {name: _ci([r.ttft.p99 for r in each]) for name, each in runs.items()},
+                {name: mean(r.hit_rate for r in each) for name, each in runs.items()},
+            )
+        )
+    return Outcome(tuple(routers), seeds, lines, standings(lines, routers, seeds))
+
+
+def _ci(values: Sequence[float]) -> float:
+    return half_width(values) if len(values) > 1 else 0.0
+
+
+def standings(lines: Sequence[Line], routers: Sequence[str], seeds: int) -> list[Standing]:
+    """Each router on loaded and light points, of the design and held out."""
+    groups = {
+        "loaded": [line for line in lines if line.loaded and not line.held_out],
+        "light": [line for line in lines if not line.loaded and not line.held_out],
+        "held out, loaded": [line for line in lines if line.loaded and line.held_out],
+        "held out, light": [line for line in lines if not line.loaded and line.held_out],
+    }
+    return [
+        _standing(group, some, router, figure, [b for b in routers if b in BASELINES and b != router], seeds)
+        for group, some in groups.items()
+        if some
+        for figure in ("mean", "p99")
+        for router in routers
+    ]
+
+
+def _standing(
+    group: str, lines: Sequence[Line], router: str, figure: str, rivals: Sequence[str], seeds: int
+) -> Standing:
+    values = [getattr(line, figure) for line in lines]
+    widths = [getattr(line, f"{figure}_ci") for line in lines]
+    ratios, worse = [], 0
+    for value, width in zip(values, widths, strict=True):
+        best = min(rivals, key=lambda name: value[name], default=router)
+        ratios.append(_ratio(value[router], value[best]))
+        slack = width[router] + width[best] if seeds > 1 else 0.02 * value[best]
+        worse += value[router] - value[best] > slack
+    singles = [_mean_ratio([_ratio(value[router], value[name]) for value in values]) for name in rivals]
+    known = [value for value in values if CLAIRVOYANT in value]
+    bound = _mean_ratio([_ratio(value[router], value[CLAIRVOYANT]) for value in known]) if known else 0.0
+    return Standing(
+        group,
+        router,
+        figure,
+        len(lines),
+        _mean_ratio(ratios),
+        max(singles, default=1.0),
+        bound,
+        worse,
+        max(ratios),
+    )
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b if b > 0 else 1.0
+
+
+def _mean_ratio(ratios: Sequence[float]) -> float:
+    return exp(mean(log(max(ratio, 1e-9)) for ratio in ratios))

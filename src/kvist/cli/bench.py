@@ -47,9 +47,14 @@ def bench(
     ] = False,
     suite: Annotated[
         str | None,
-        typer.Option(help="standard: all eviction policies on all workloads and cache sizes."),
+        typer.Option(
+            help="eviction: all policies on all workloads and cache sizes; routing: routers on workloads x "
+            "fleets x loads; standard: both."
+        ),
     ] = None,
-    quick: Annotated[bool, typer.Option(help="--suite in minutes: two cache sizes, blocks of 16.")] = False,
+    quick: Annotated[
+        bool, typer.Option(help="--suite in minutes: two cache sizes, blocks of 16; fewer fleets and loads.")
+    ] = False,
     traces: Annotated[
         Path, typer.Option(help="Folder of trace files for --suite; those it lacks are left out.")
     ] = Path("../shared/traces"),
@@ -80,11 +85,14 @@ def bench(
 
     listed([executor], "--executor", list(EXECUTORS))
     if suite is not None:
-        if suite != "standard":
-            raise typer.BadParameter(f"--suite: unknown {suite!r}: choose standard")
+        if suite not in ("eviction", "routing", "standard"):
+            raise typer.BadParameter(f"--suite: unknown {suite!r}: choose eviction, routing or standard")
         if executor != "processes":
             raise typer.BadParameter("--executor: the suite runs in processes only")
-        _suite(evictions, traces, 16 if quick else block_size, quick, seeds, seed, jobs, out, as_json)
+        if suite != "routing":
+            _suite(evictions, traces, 16 if quick else block_size, quick, seeds, seed, jobs, out, as_json)
+        if suite != "eviction":
+            _routing_suite(traces, quick, seeds, seed, jobs, out, as_json)
         return
     profiles = listed(profile, "--profile")
     for name in profiles:
@@ -192,3 +200,30 @@ def _suite(
         console.print(f"generated workloads only: no traces in {traces} (--traces FOLDER)")
     if out is not None:
         console.print(f"report: {out / 'report.html'}")
+
+
+def _routing_suite(
+    traces: Path, quick: bool, seeds: int, seed: int, jobs: int, out: Path | None, as_json: bool
+) -> None:
+    import msgspec
+    from rich.console import Console
+
+    from kvist.cli.progress import progress
+    from kvist.report.routesuite import tables, write
+    from kvist.routesuite import DEFAULT, FLEETS, LOADS, QUICK, points, run
+
+    found = points(traces if traces.is_dir() else None, QUICK if quick else LOADS)
+    if quick:
+        found = [point for point in found if point.fleet in FLEETS[:2]]
+    with progress(len(found) * len(DEFAULT) * seeds, "simulating") as advance:
+        outcome = run(found, seeds=seeds, seed=seed, jobs=jobs, progress=advance)
+    if out is not None:
+        write(outcome, out)
+    if as_json:
+        typer.echo(msgspec.json.encode(outcome).decode())
+        return
+    console = Console()
+    for table in tables(outcome):
+        console.print(table)
+    if out is not None:
+        console.print(f"report: {out / 'routing.html'}")

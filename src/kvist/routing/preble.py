@@ -103,7 +103,7 @@ class Preble(RoutingPolicy):
             decision = smallest(costs, candidates, self.rng, reason="explore: load + eviction + prefill")
         low, high = min(loads), max(loads)
         chosen = next(i for i, c in enumerate(candidates) if c.worker.id == decision.worker)
-        if loads[chosen] == high > self.balance * low and high > query.length:
+        if loads[chosen] == high > self.balance * max(low, float(query.length)):
             idlest = candidates[loads.index(low)]
             return Decision(idlest.worker.id, idlest.cached, None, loads, "out of balance: least load")
         decision.scores = loads

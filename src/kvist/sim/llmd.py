@@ -1,9 +1,9 @@
 """llm-d's latency predictor as a routing policy, for comparison in the simulator only.
 
-Gradient-boosted trees predict the time to first token from a worker's figures: KV use, prompt length, requests
-waiting and running, the share of the prompt that is cached. One model serves all workers. It learns in
-batches: from time to time it is trained anew on the latest answers. The worker with the smallest prediction
-wins; before the first training, the fewest in flight.
+Gradient-boosted trees predict the time to first token from a worker's figures: KV use, prompt length,
+requests waiting and running, the share of the prompt that is cached. One model serves all workers. It learns
+in batches: from time to time it is trained anew on the latest answers. The worker with the smallest
+prediction wins; before the first training, the fewest in flight.
 
 llm-d reads the figures from metrics every 50 ms; here the router's own, which are fresher, stand for them.
 Needs the extra: pip install 'kvist[xgboost]'.

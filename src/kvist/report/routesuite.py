@@ -1,0 +1,99 @@
+"""The routing suite: two tables, and what `kvist bench --suite routing --out` writes."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import msgspec
+from rich import box
+from rich.table import Table
+
+from kvist.report import page
+from kvist.routesuite import CLAIRVOYANT, LOADED, Outcome, Standing
+
+HEADS = ["points", "TTFT", "router", "to best", "to single", "to clairvoyant", "worse", "worst"]
+
+
+def note() -> str:
+    return (
+        "Seconds to first token, mean / 99th percentile. Load: share of what the fleet gets through when all "
+        f"requests come at once; from {LOADED:g} on it counts as loaded. To best: over the best baseline of "
+        "each point, geometric mean; to single: over the one baseline that is best on all of the group; "
+        "worse: points beyond the intervals of both (one seed: 2 %). Below 1 is better."
+    )
+
+
+def body(outcome: Outcome) -> list[list[tuple[str, bool]]]:
+    """A row for each point; the smallest mean of those that do not know the truth is marked."""
+    rows = []
+    for line in outcome.lines:
+        top = min((line.mean[name] for name in outcome.routers if name != CLAIRVOYANT), default=0.0)
+        row = [(short(line.workload), False), (line.fleet, False), (f"{line.load:.0%}", False)]
+        for name in outcome.routers:
+            text = f"{line.mean[name]:.3g} / {line.p99[name]:.3g}"
+            row.append((text, name != CLAIRVOYANT and line.mean[name] == top))
+        rows.append(row)
+    return rows
+
+
+def standing(row: Standing) -> list[str]:
+    return [
+        f"{row.group} ({row.points})",
+        row.figure,
+        row.router,
+        f"{row.to_best:.2f}",
+        f"{row.to_single:.2f}",
+        f"{row.to_clairvoyant:.2f}" if row.to_clairvoyant else "",
+        f"{row.worse}",
+        f"{row.worst:.2f}",
+    ]
+
+
+def tables(outcome: Outcome) -> list[Table]:
+    points = Table(caption=note(), caption_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for i, head in enumerate(["workload", "fleet", "load", *outcome.routers]):
+        points.add_column(head, justify="left" if i < 2 else "right", overflow="fold")
+    for row in body(outcome):
+        points.add_row(*(f"[bold]{text}[/]" if good else text for text, good in row))
+    summary = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for i, head in enumerate(HEADS):
+        summary.add_column(head, justify="left" if i < 3 else "right")
+    previous = ""
+    for each in outcome.standings:
+        if previous not in ("", each.group + each.figure):
+            summary.add_section()
+        previous = each.group + each.figure
+        summary.add_row(*standing(each))
+    return [points, summary]
+
+
+def write(outcome: Outcome, out: Path) -> None:
+    """routing.csv, routing.json and routing.html."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "routing.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        figures = ["ttft_mean", "ttft_mean_ci95", "ttft_p99", "ttft_p99_ci95", "hit_rate"]
+        writer.writerow(["workload", "fleet", "load", "held_out", "router", *figures])
+        for line in outcome.lines:
+            for name in outcome.routers:
+                point = [line.workload, line.fleet, line.load, line.held_out, name]
+                by_router = (line.mean, line.mean_ci, line.p99, line.p99_ci, line.hit_rate)
+                writer.writerow([*point, *(values[name] for values in by_router)])
+    (out / "routing.json").write_bytes(msgspec.json.encode(outcome))
+    summary = [[(text, False) for text in standing(each)] for each in outcome.standings]
+    parts = [
+        page.table(HEADS, summary),
+        page.note(note()),
+        page.heading("Points"),
+        page.table(["workload", "fleet", "load", *outcome.routers], body(outcome)),
+    ]
+    (out / "routing.html").write_text(page.page("kvist bench: routing suite", parts), encoding="utf-8")
+
+
+def short(spec: str) -> str:
+    """The workload without a trace's folder, ending and limit."""
+    name, *rest = spec.split(":")
+    if name == "trace" and rest:
+        return "_".join(Path(rest[0]).name.split(".")[0].split("_")[:2])
+    return spec
