@@ -55,6 +55,10 @@ function workers(rows) {
     ["Prediction error", row => time(row.error)],
     ["Index, tokens", row => compact(row.index_tokens)],
   ];
+  if (rows.some(row => row.running !== null)) // the workers' own metrics are read
+    columns.splice(1, 0, ["Runs + waits", row => row.running === null ? "–" : `${row.running} + ${row.waiting ?? 0}`],
+      ["KV in use", row => percent(row.kv_usage)]);
+  if (rows.some(row => row.knows !== "own")) columns.push(["KV events", row => text(row.knows)]);
   byId("workers-head").innerHTML = `<tr><th>Worker</th>${columns.map(([name]) => `<th data-label="${name}">${name}</th>`).join("")}</tr>`;
   byId("workers").innerHTML = rows.map(row => {
     const [kind, words] = condition(row);
