@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import time
 from collections.abc import Iterator
@@ -45,6 +46,14 @@ def following(
 
 def knows(gateway: Process) -> list[str]:
     return [worker["knows"] for worker in state(gateway.url)["workers"]]
+
+
+@contextmanager
+def closing(process: Process) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        process.stop()
 
 
 def settle(gateway: Process) -> None:
@@ -156,7 +165,7 @@ def test_a_gateway_that_comes_late_has_the_past_replayed() -> None:
     for each in (worker, blind):
         assert call(each.url, "/v1/chat/completions", old)[0] == 200
     options = ("--tokenizer=embedded", f"--kv-events={live}", f"--kv-events-replay={replay}")
-    with running([worker], *options) as gateway:
+    with closing(blind), running([worker], *options) as gateway:
         for body in (new, old):
             assert call(gateway.url, "/v1/chat/completions", body)[0] == 200
             wait_for(lambda: knows(gateway) == ["exact"])
@@ -168,13 +177,22 @@ def test_a_gateway_that_comes_late_has_the_past_replayed() -> None:
         assert call(gateway.url, "/workers", spec)[0] == 201
         assert call(gateway.url, f"/workers/{worker.url}", method="DELETE")[0] == 200
         wait_for(lambda: [row["id"] for row in state(gateway.url)["workers"]] == [blind.url])
+        numbers = itertools.count()
+
+        def heard() -> bool:
+            """The subscription takes a moment, so the first events may have passed by unheard."""
+            body = chat(f"{next(numbers)} " * 300, model="tiny", max_tokens=1)
+            assert call(gateway.url, "/v1/chat/completions", body)[0] == 200
+            settle(gateway)
+            return knows(gateway) == ["partial"]
+
+        wait_for(heard)
         for body in (new, new):
             assert call(gateway.url, "/v1/chat/completions", body)[0] == 200
             settle(gateway)
         assert knows(gateway) == ["partial"], "without a replay a part is all that is known"
         entry = state(gateway.url)["recent"][-1]
         assert entry["cached"] == entry["cached_true"] > 200
-    blind.stop()
 
 
 def test_an_engine_that_starts_again_is_empty() -> None:
