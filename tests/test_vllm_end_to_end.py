@@ -204,12 +204,17 @@ def test_a_fleet_under_rlt_gives_the_same_answers_and_its_caches_are_known(
         before = len(logged(launch))
         third = everybody(launch.url, 3)
         assert {n: [said.text for said in turns] for n, turns in third.items()} == plain
-        assert back in {said.worker for turns in third.values() for said in turns}, "it serves again"
         wait_for(lambda: len(logged(launch)) >= before + len(flat))
         log = logged(launch)[before:]
         exact = sum(entry["cached"] == entry["cached_true"] for entry in log)
         print(f"after the restart: estimate equals the engine's count: {exact} of {len(log)}")
         assert exact >= 0.95 * len(log)
+        evicted = launch.said(r"kvist: (rlt evicted \d+ blocks so far in \d+ phases)")
+        print(f"evictions: {evicted}")
+        assert call(launch.url, "/policy", {"policy": "round_robin"})[0] == 200
+        fresh = [ask(launch.url, opening(0)) for _ in range(4)]
+        assert back in {said.worker for said in fresh}, "it serves again"
+        assert {said.text for said in fresh} == {plain[0][0]}
 
 
 def test_an_unknown_policy_stops_vllm_with_its_name(model: Path) -> None:

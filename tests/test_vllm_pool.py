@@ -21,7 +21,7 @@ from kvist.cache.cache import Match
 from kvist.model import pack
 from kvist.plugins import Unsupported
 from kvist.plugins.vllm import install
-from kvist.plugins.vllm.tree import NAME, entries
+from kvist.plugins.vllm.tree import entries
 from kvist.prefix.tree import Node
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-engines runs this")
@@ -132,7 +132,7 @@ class Pair:
         """The rest of the prompt, else `more` output tokens. False: there is no room."""
         left = len(run.tokens) - run.computed
         if not left:
-            fresh = [1000 + (len(run.tokens) + i) % 3 for i in range(more)]
+            fresh = [1_000_000 + 3 * (at := len(run.tokens) + i) + at % 3 for i in range(more)]
             run.request.append_output_token_ids(fresh)
             run.tokens += fresh
             left = more
@@ -205,7 +205,7 @@ class Pair:
 
     def check_tree(self, root: Node) -> None:
         """Entries stand in their nodes, by name, and a node's blocks are all in use or all free."""
-        stack = list(root.children.values())
+        stack, width = list(root.children.values()), self.pool.cached.stride
         while stack:
             node = stack.pop()
             stack += node.children.values()
@@ -214,8 +214,8 @@ class Pair:
             assert len(entries(node)) == node.size > 0
             for i, entry in enumerate(entries(node)):
                 assert entry.node is node and (entry.copies > 0) == (node.locks > 0) == (entry.block is None)
-                name = node.key[i * NAME : (i + 1) * NAME]
-                assert entry.block is None or entry.block.block_hash[:NAME] == name
+                name = node.key[i * width : (i + 1) * width]
+                assert entry.block is None or entry.block.block_hash[:width] == name
 
     def listen(self, names: set[Any]) -> None:
         """Whoever keeps a set of hashes by the KV events has exactly what is cached, on both sides."""
@@ -249,7 +249,10 @@ def cached_prefixes(cache: PrefixCache) -> set[Prefix]:
 
 
 def tokens_of(blocks: list[int], tail: int) -> list[int]:
-    return [10 * number + i for number in blocks for i in range(BLOCK)] + [7] * tail
+    """Ids that say where they stand: s3-fifo's ghosts tell paths apart by the first blocks of nodes only."""
+    return [(100 * number + at) * BLOCK + i for at, number in enumerate(blocks) for i in range(BLOCK)] + [
+        7
+    ] * tail
 
 
 steps = st.lists(

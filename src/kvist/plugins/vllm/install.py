@@ -15,7 +15,7 @@ from typing import Any
 from kvist.cache import EvictionPolicy
 from kvist.plugins import EVICTION, Unsupported, chosen_eviction
 
-VERSIONS = ("0.32",)  # minor versions whose real classes the tests ran against
+VERSIONS = ("0.30", "0.31", "0.32")  # minor versions whose real classes the tests ran against
 
 # What we override or call, with the leading parameters we rely on.
 SEAMS: dict[str, dict[str, tuple[str, ...]]] = {

@@ -17,7 +17,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from kvist.cache import EvictionPolicy
 from kvist.plugins.vllm.report import Report
-from kvist.plugins.vllm.tree import NAME, BlockTree, Cached
+from kvist.plugins.vllm.tree import BlockTree, Cached
 
 
 class PolicyBlockPool(BlockPool):  # type: ignore[misc]
@@ -29,14 +29,14 @@ class PolicyBlockPool(BlockPool):  # type: ignore[misc]
     _blank: int
 
     def adopt(self, policy: EvictionPolicy, say: Callable[[str], None]) -> None:
-        self.cached = BlockTree(max(self.num_gpu_blocks - 1, 1), policy)
+        self.cached = BlockTree(max(self.num_gpu_blocks - 1, 1), self.hash_block_size, policy)
         self.report = Report(self.cached, say)
         self._held = [None] * self.num_gpu_blocks
         self._blank = self.free_block_queue.num_free_blocks
 
     def serve(self, computed: Sequence[Any]) -> None:
         """A request starts, with these cached blocks as its prefix."""
-        self.cached.start(b"".join([block.block_hash[:NAME] for block in computed]))
+        self.cached.start(self.cached.path(block.block_hash for block in computed))
 
     def touch(self, blocks: Sequence[Any]) -> None:
         taken = []
@@ -83,7 +83,7 @@ class PolicyBlockPool(BlockPool):  # type: ignore[misc]
             if parent is None or parent.node is None:
                 return  # behind a block that was lost: nobody can hit these
         new = blocks[num_cached_blocks:num_full_blocks]
-        found, spare = self.cached.store(parent, b"".join([block.block_hash[:NAME] for block in new]))
+        found, spare = self.cached.store(parent, self.cached.path(block.block_hash for block in new))
         for block, cached in zip(new, found, strict=True):
             held[block.block_id] = cached
         self._blank_out(spare)

@@ -19,7 +19,7 @@ from kvist.cache import EvictionPolicy, Match, PrefixCache
 from kvist.cache.events import CacheEvent
 from kvist.prefix.tree import Node
 
-NAME = 16  # bytes of a block's hash that name it
+NAME = 16  # bytes of a block's hash that name it, at least
 
 
 class Cached:
@@ -57,16 +57,25 @@ def _unheard(event: CacheEvent) -> None:
 
 
 class BlockTree(PrefixCache):
-    """`blocks` blocks under a policy; lengths are in blocks. `now` counts the calls that use blocks."""
+    """`blocks` blocks of `block_size` tokens under a policy. `now` counts the calls that use blocks.
 
-    def __init__(self, blocks: int, eviction: EvictionPolicy) -> None:
-        super().__init__(blocks, eviction, block_size=1, unit=NAME, on_event=_unheard)
+    A name stands where the core has a block's tokens, so it has as many bytes: `unit` for each token.
+    """
+
+    def __init__(self, blocks: int, block_size: int, eviction: EvictionPolicy) -> None:
+        unit = -(-NAME // block_size)
+        super().__init__(blocks * block_size, eviction, block_size=block_size, unit=unit, on_event=_unheard)
         self.tree.observer = _Watch(eviction)
         self.now = 0
         self._gone: list[Cached] = []
 
+    def path(self, hashes: Iterable[bytes]) -> bytes:
+        """The names of blocks with these hashes, one behind the other."""
+        width = self.stride
+        return b"".join([name[:width].ljust(width, b"\0") for name in hashes])
+
     def start(self, path: bytes) -> None:
-        """A request starts, and hits the blocks of `path` (their names, one behind the other)."""
+        """A request starts, and hits the blocks of `path` (see `path`)."""
         self.now += 1
         self.match(path, self.now)
 
@@ -105,14 +114,13 @@ class BlockTree(PrefixCache):
             self._lock(node)
 
     def touch(self, path: Iterable[Cached]) -> None:
-        """A request that used these blocks ends now, with what `rest` is told next."""
+        """A request that used these blocks ends now, leaf side first; `rest` is told next."""
         self.now += 1
-        touch, now, last = self.eviction.touch, self.now, None
-        for cached in path:
-            node = cached.node
-            if node is not last and node is not None:
+        nodes = dict.fromkeys(cached.node for cached in path)
+        touch, now = self.eviction.touch, self.now
+        for node in reversed(nodes):
+            if node is not None:
                 touch(node, now)
-                last = node
 
     def rest(self, freed: Iterable[tuple[Cached, Any]]) -> list[Any]:
         """Physical copies that nobody uses any more, leaf side first; of them those worth nothing."""
