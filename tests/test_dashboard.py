@@ -41,6 +41,11 @@ CONTRAST = """(() => {
   }
   return worst;
 })()"""
+# The longest words that a decision's row may show.
+LONGEST = """document.querySelectorAll("#recent details").forEach(row => {
+  row.querySelector(".when").textContent = "59 min ago";
+  row.querySelector(".status").textContent = "cancelled";
+})"""
 # Texts that stick out of the window or of a box that hides what does not fit.
 CUT_OFF = """[...document.querySelectorAll("main *, header *")].filter(node => {
   const box = node.getBoundingClientRect();
@@ -91,7 +96,8 @@ def test_it_shows_load_hits_latency_error_and_why(browser: Browser, gateway: Pro
         name: browser.run(f"document.getElementById('{name}').innerText")
         for name in ("policy", "ready", "rate-note", "hits-now", "ttft-now", "p50-now", "error-now")
     }
-    assert shown["policy"] == "lbgr" and shown["ready"] == "3 of 3 ready"
+    assert shown["policy"] == "lbgr"
+    assert shown["ready"] in ("2 of 3 ready", "3 of 3 ready"), "the failing worker's breaker may be open"
     data = state(gateway.url)
     ended = sum(row["requests"] for row in data["workers"])
     assert shown["rate-note"] == f"{ended} ended in all" and ended >= 24, (
@@ -136,6 +142,7 @@ def test_it_is_readable(browser: Browser, gateway: Process, width: int, dark: bo
     browser.wait("document.querySelectorAll('#latency path.line').length === 3")
     assert browser.run("document.documentElement.scrollWidth") <= width
     browser.run("document.querySelector('#recent details').open = true")
+    browser.run(LONGEST)  # held while one is open
     assert browser.run(CUT_OFF) == []
     ratio, words = browser.run(CONTRAST)
     assert ratio >= 4.5, f"{words!r} has a contrast of {ratio:.1f}"
