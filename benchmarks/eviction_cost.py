@@ -1,4 +1,4 @@
-"""What one eviction call costs: RLT and L-LRU of kvist against leaf-LRU as SGLang 0.4.6 does it.
+"""What one eviction call costs: policies of kvist against leaf-LRU as SGLang 0.4.6 does it.
 
     python benchmarks/eviction_cost.py [--free 3000] [--calls 60]
 
@@ -63,6 +63,7 @@ def policies() -> dict[str, EvictionPolicy]:
         "full-walk-lru": FullWalkLRU(),
         "l-lru": make_eviction("l-lru"),
         "rlt": make_eviction("rlt", rng=Random(1)),
+        "hedge": make_eviction("hedge", rng=Random(1)),
     }
 
 
@@ -104,13 +105,15 @@ def main() -> None:
     args = parser.parse_args()
     names = list(policies())
     print(f"median ms per eviction call that frees {args.free} tokens, page size 1\n")
-    print(f"{'tokens':>9} {'nodes':>7} " + "".join(f"{name:>15}" for name in names) + f"{'rlt / walk':>12}")
+    ratios = ("rlt", "hedge")
+    head = "".join(f"{name:>15}" for name in names) + "".join(f"{name + ' / walk':>14}" for name in ratios)
+    print(f"{'tokens':>9} {'nodes':>7} " + head)
     for tokens in (200_000, 1_000_000):
         for nodes in (100, 10_000):
             cost = measure(tokens, nodes, args.free, args.calls)
-            ratio = cost["rlt"] / cost["full-walk-lru"]
             row = "".join(f"{cost[name]:15.3f}" for name in names)
-            print(f"{tokens:>9} {nodes:>7} {row}{ratio:12.3f}")
+            row += "".join(f"{cost[name] / cost['full-walk-lru']:14.3f}" for name in ratios)
+            print(f"{tokens:>9} {nodes:>7} {row}")
 
 
 if __name__ == "__main__":
