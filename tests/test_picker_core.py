@@ -179,6 +179,14 @@ def test_a_fallback_that_served_has_the_request_and_the_chosen_one_the_failure()
     assert pool.at_rest()
 
 
+def test_an_answer_after_the_end_reserves_nothing() -> None:
+    picker, pool = make(3)
+    flight = ask(picker)
+    picker.end(flight, Status.OK, b"", 0.1)
+    picker.answered(flight, 200, flight.places[1], 0.2)
+    assert pool.at_rest() and picker.flow.active == 0
+
+
 def test_served_by_a_stranger_gives_the_reservation_back() -> None:
     picker, pool = make(2)
     flight = ask(picker)

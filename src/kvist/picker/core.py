@@ -192,7 +192,7 @@ class Picker:
         """
         flight.status = status
         ticket = flight.ticket
-        if ticket is None or not served or flight.query is None:
+        if ticket is None or not served or flight.query is None or flight.gone:
             return
         chosen, served = ticket.worker.id, url_of(served)
         if served == chosen:
