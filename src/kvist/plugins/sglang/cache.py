@@ -24,12 +24,13 @@ from sglang.srt.mem_cache.utils import split_node_hash_value
 from kvist.cache import EvictionPolicy
 from kvist.plugins.sglang.host import EngineNode, Leaves, PolicyHost
 
+_SHORT = 256  # KV slots
 _TOKEN = 8  # bytes: SGLang's keys are arrays of 64-bit token ids
 
 
 class CutNode(TreeNode):
     """A node with its twin in the policy's tree. Where it lost tokens at its end, key and value follow late:
-    they are cut to `end` when they are next read.
+    they are cut to `end` when they are next read, or when most of a long one is gone.
 
     An eviction touches many leaves for a token or two each, and most are cut again before anybody reads them.
     """
@@ -43,7 +44,7 @@ class CutNode(TreeNode):
     @property
     def key(self) -> Any:
         if self.stale:
-            self._cut()
+            self.cut()
         return self.whole_key
 
     @key.setter
@@ -53,14 +54,14 @@ class CutNode(TreeNode):
     @property
     def value(self) -> Any:
         if self.stale:
-            self._cut()
+            self.cut()
         return self.whole_value
 
     @value.setter
     def value(self, value: Any) -> None:
         self.whole_value = value
 
-    def _cut(self) -> None:
+    def cut(self) -> None:
         self.stale, at = False, self.end
         key, value = self.whole_key, self.whole_value
         if 2 * at <= len(key.token_ids):  # give the memory back too: amortised over what was evicted
@@ -76,6 +77,38 @@ class CutNode(TreeNode):
         self.value = None if value is None else value[:at]
 
 
+class Cuts:
+    """The KV slots that one eviction gives back: `values[i][starts[i]:ends[i]]`.
+
+    Most cuts take a token or two from a short leaf. A slice of each costs more than to gather from the whole
+    leaves at once; long leaves are sliced, so that a cut copies no more than `_SHORT` slots beside its own.
+    """
+
+    def __init__(self) -> None:
+        self.values: list[torch.Tensor] = []
+        self.starts: list[int] = []
+        self.ends: list[int] = []
+        self.lengths: list[int] = []
+
+    def add(self, value: torch.Tensor, start: int, end: int, length: int) -> None:
+        if length > _SHORT:
+            value, start, end = value[start:end], 0, end - start
+            length = end
+        self.values.append(value)
+        self.starts.append(start)
+        self.ends.append(end)
+        self.lengths.append(length)
+
+    def slots(self) -> torch.Tensor:
+        starts = np.array(self.starts)
+        lengths = np.array(self.lengths)
+        counts = np.array(self.ends) - starts
+        first = np.cumsum(lengths) - lengths + starts - (np.cumsum(counts) - counts)
+        index = torch.from_numpy(np.repeat(first, counts) + np.arange(counts.sum()))
+        whole = torch.cat(self.values)
+        return whole[index.to(whole.device)]
+
+
 class KvistRadixCache(RadixCache):
     """`policy` decides what `evict` frees. `capacity`: KV slots, by default the allocator's."""
 
@@ -89,11 +122,11 @@ class KvistRadixCache(RadixCache):
             unit=_TOKEN * (1 + params.is_eagle),
             shrink=self._shrink,
             drop=self._drop,
-            cut=self._cut,
+            cut=self._divide,
         )
         self._now = 0
         self._again = False  # the call inside repeats a request that was counted
-        self._freed: list[torch.Tensor] = []
+        self._freed = Cuts()
         super().__init__(params)
         self._events = self.kv_events.enabled
 
@@ -147,10 +180,10 @@ class KvistRadixCache(RadixCache):
         try:
             freed = self.policy.evict(max(-(-params.num_tokens // self.page_size), 0)) * self.page_size
         finally:
-            if self._freed:
-                slots, self._freed = self._freed, []
+            if self._freed.values:
+                slots, self._freed = self._freed.slots(), Cuts()
                 # Whole pages of several rows: page-exact like one row's segment.
-                self.token_to_kv_pool_allocator.free_segment(torch.cat(slots), start_pos=0)
+                self.token_to_kv_pool_allocator.free_segment(slots, start_pos=0)
         self.host.evicted_blocks += freed // self.page_size
         self.update_eviction_metrics(freed, start)
         return EvictResult(num_tokens_evicted=freed)
@@ -200,7 +233,7 @@ class KvistRadixCache(RadixCache):
         fields["whole_key"], fields["whole_value"] = fields.pop("key"), fields.pop("value")
         node.end, node.stale, node.__class__ = len(node.whole_key), False, CutNode
 
-    def _cut(self, node: EngineNode, blocks: int) -> EngineNode:
+    def _divide(self, node: EngineNode, blocks: int) -> EngineNode:
         """Split a node because the policy wants to tell its two parts apart."""
         engine = node.engine
         upper: EngineNode = self._split_node(engine.key, engine, blocks * self.page_size).twin
@@ -212,12 +245,15 @@ class KvistRadixCache(RadixCache):
         at, end, value = keep * self.page_size, engine.end, engine.whole_value
         if at == end or value is None:
             return
-        self._freed.append(value[at:end])
+        held = len(value)
+        self._freed.add(value, at, end, held)
         if self._events:
             self._announce(engine, at)
         if at:
             engine.end, engine.stale = at, True
             self.evictable_size_ -= end - at
+            if held > _SHORT and 2 * at <= held:
+                engine.cut()
         else:
             engine.value = None  # `evicted`, in SGLang's terms; `_drop` unlinks it
 
