@@ -24,7 +24,8 @@ from sglang.srt.mem_cache.utils import split_node_hash_value
 from kvist.cache import EvictionPolicy
 from kvist.plugins.sglang.host import EngineNode, Leaves, PolicyHost
 
-_SHORT = 256  # KV slots
+_SHORT = 256  # KV slots of a leaf
+_FEW = 32  # cuts
 _TOKEN = 8  # bytes: SGLang's keys are arrays of 64-bit token ids
 
 
@@ -78,35 +79,34 @@ class CutNode(TreeNode):
 
 
 class Cuts:
-    """The KV slots that one eviction gives back: `values[i][starts[i]:ends[i]]`.
+    """The KV slots that one eviction gives back.
 
-    Most cuts take a token or two from a short leaf. A slice of each costs more than to gather from the whole
-    leaves at once; long leaves are sliced, so that a cut copies no more than `_SHORT` slots beside its own.
+    Most cuts of a random policy take a token or two from a short leaf. A slice of each costs more than to
+    gather from the whole leaves at once, which copies at most `_SHORT` slots for each of them.
     """
 
     def __init__(self) -> None:
-        self.values: list[torch.Tensor] = []
-        self.starts: list[int] = []
-        self.ends: list[int] = []
-        self.lengths: list[int] = []
+        self.pieces: list[torch.Tensor] = []
+        self.short: list[tuple[torch.Tensor, int, int, int]] = []  # (value, start, end, length)
 
     def add(self, value: torch.Tensor, start: int, end: int, length: int) -> None:
-        if length > _SHORT:
-            value, start, end = value[start:end], 0, end - start
-            length = end
-        self.values.append(value)
-        self.starts.append(start)
-        self.ends.append(end)
-        self.lengths.append(length)
+        if start == 0 and end == length:
+            self.pieces.append(value)
+        elif length > _SHORT:
+            self.pieces.append(value[start:end])
+        else:
+            self.short.append((value, start, end, length))
 
     def slots(self) -> torch.Tensor:
-        starts = np.array(self.starts)
-        lengths = np.array(self.lengths)
-        counts = np.array(self.ends) - starts
+        """All of them in one tensor; no cut, no slots: raises RuntimeError."""
+        if len(self.short) <= _FEW:
+            return torch.cat(self.pieces + [value[start:end] for value, start, end, _ in self.short])
+        values, starts, ends, lengths = zip(*self.short, strict=True)
+        counts = np.subtract(ends, starts)
         first = np.cumsum(lengths) - lengths + starts - (np.cumsum(counts) - counts)
         index = torch.from_numpy(np.repeat(first, counts) + np.arange(counts.sum()))
-        whole = torch.cat(self.values)
-        return whole[index.to(whole.device)]
+        whole = torch.cat(values)
+        return torch.cat([*self.pieces, whole[index.to(whole.device)]])
 
 
 class KvistRadixCache(RadixCache):
@@ -180,7 +180,7 @@ class KvistRadixCache(RadixCache):
         try:
             freed = self.policy.evict(max(-(-params.num_tokens // self.page_size), 0)) * self.page_size
         finally:
-            if self._freed.values:
+            if self._freed.pieces or self._freed.short:
                 slots, self._freed = self._freed.slots(), Cuts()
                 # Whole pages of several rows: page-exact like one row's segment.
                 self.token_to_kv_pool_allocator.free_segment(slots, start_pos=0)
