@@ -101,9 +101,7 @@ def main() -> None:
             side.decode()
         gc.collect(0)
 
-    print(
-        f"{given.blocks} blocks of {BLOCK} tokens, {given.running} running; microseconds, beside vLLM's own"
-    )
+    print(f"{given.blocks} blocks of {BLOCK} tokens, {given.running} running; microseconds of CPU, medians")
     columns = "".join(f"{what:>10} {'ratio':>6}" for what in ("admit", "decode", "free"))
     print(f"{'eviction':12}{columns}   hits")
     stock = {what: median(values) for what, values in sides["vLLM"].seconds.items()}
