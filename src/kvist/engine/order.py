@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from kvist.engine.core import Engine
     from kvist.engine.request import Request
 
-LOOKAHEAD = 128  # waiting requests looked at, as in SGLang, so that a pick costs no more under overload
+LOOKAHEAD = 128  # waiting requests looked at, so that a pick costs no more under overload
 
 
 class QueueOrder(ABC):
@@ -41,10 +41,16 @@ class FCFS(QueueOrder):
 
 class LongestPrefix(QueueOrder):
     name = "lpm"
-    description = "Longest cached prefix first, the oldest among equals."
-    source = "SGLang schedule_policy.py (lpm); Zheng et al. 2024, section 3"
+    description = "Longest cached prefix first, the oldest among equals; by age while more than 128 wait."
+    source = (
+        "SGLang schedule_policy.py (lpm, first come first served above 128); Zheng et al. 2024, section 3"
+    )
 
     def pick(self, engine: Engine, now: float) -> int:
+        return 0 if len(engine.waiting) > LOOKAHEAD else self.longest(engine)
+
+    @staticmethod
+    def longest(engine: Engine) -> int:
         peek = engine.cache.peek
         hits = [peek(r.query.prompt, r.query.salt) for r in islice(engine.waiting, LOOKAHEAD)]
         return hits.index(max(hits))
@@ -64,7 +70,7 @@ class KLongestPrefix(LongestPrefix):
 
     def pick(self, engine: Engine, now: float) -> int:
         self._picks += 1
-        return 0 if self._picks % (self.k + 1) == 0 else super().pick(engine, now)
+        return 0 if self._picks % (self.k + 1) == 0 else self.longest(engine)
 
 
 class LeastSlack(QueueOrder):
