@@ -78,7 +78,7 @@ def bench(
     from kvist.report.bench import write
     from kvist.report.table import bench_tables
     from kvist.routing import ROUTERS
-    from kvist.sim import SimConfig
+    from kvist.sim import SIMULATOR_ONLY, SimConfig
     from kvist.sim.base import WorkerSpec
     from kvist.spread import EXECUTORS
     from kvist.workloads import make_workload
@@ -105,7 +105,7 @@ def bench(
     for spec in workload:
         make_workload(spec, seed=seed)  # a wrong spec shows before anything runs
         for rate in paces:
-            for router in listed(routers, "--routers", list(ROUTERS)):
+            for router in listed(routers, "--routers", [*ROUTERS, *SIMULATOR_ONLY]):
                 for eviction in names:
                     setup = SimConfig(
                         router=router,

@@ -30,6 +30,7 @@ from kvist.routing.rls import RecursiveLeastSquares
 
 OBJECTIVES = ("ttft", "latency", "slo")
 DECODERS = 0.5  # of a prefill's time is lost to each sequence that decodes beside it, for `latency`
+CROWD = 6.0  # a sequence delays all that come while it decodes: so many times what it waits for the others
 CLOSE, CLOSE_SECONDS = 0.05, 0.0025  # predictions that differ by less say nothing
 VERSION = 2
 
@@ -101,7 +102,7 @@ class LBGR(RoutingPolicy):
         usual_tpot = fleet.tpot()
         stalls = DECODERS if self.objective == "latency" else 0.0
         firsts, ends, works, features, waiting, waits, rate = [], [], [], [], [], [], 0.0
-        ideal, extra = inf, []
+        ideal, extra, crowd = inf, [], []
         for candidate in candidates:
             state, cached = candidate.worker, candidate.cached
             own = workers[state.id]
@@ -134,6 +135,7 @@ class LBGR(RoutingPolicy):
             waiting.append(state.waiting)
             waits.append(pace * (queue + usual) + late)
             extra.append(stalls * pace * decoding)
+            crowd.append(CROWD * factor * per_decode * x[3])
             rate += 1 / pace
             if pace < ideal:
                 ideal = pace
@@ -142,7 +144,7 @@ class LBGR(RoutingPolicy):
             many = delayed(waiting, [wait - ideal * usual for wait in waits])
             price = self.congestion * many * len(candidates) / rate
         told = ends if self.objective == "latency" else firsts
-        scores = [t + (price + e) * work for t, e, work in zip(told, extra, works, strict=True)]
+        scores = [t + c + (price + e) * work for t, c, e, work in zip(told, crowd, extra, works, strict=True)]
         if self.objective == "slo":
             self._prefer_good(scores, firsts, works)
         chosen = self._smallest(scores, works, candidates)
