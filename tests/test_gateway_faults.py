@@ -138,6 +138,17 @@ def test_a_worker_killed_amid_its_streams() -> None:
         assert metric(gateway.url, "kvist_worker_upstream_connections", worker=dying.url) == 0
 
 
+def test_a_dead_engine_has_no_cache() -> None:
+    worker = fake()
+    with running([worker], "--health-check-interval=0.3") as gateway:
+        assert call(gateway.url, CHAT, chat("a long prompt " * 500))[0] == 200
+        (row,) = state(gateway.url)["workers"]
+        assert row["index_tokens"] > 5_000
+        worker.signal(signal.SIGKILL)
+        wait_for(lambda: state(gateway.url)["workers"][0]["index_tokens"] == 0)
+        nothing_left(gateway)
+
+
 def test_ten_thousand_requests_of_which_a_third_leave() -> None:
     """They leave amid the head, amid the body, at once after it, or amid the answer; by FIN or by RST."""
     workers = [fake("steady") for _ in range(3)]

@@ -46,7 +46,9 @@ class Gateway:
         policy = make_policy(settings.policy, rng=Random(settings.seed), **settings.policy_arguments())
         self.knowledge = Knowledge(settings, lambda: self.fleet.adapters(), log)
         self.tokens = self.knowledge.tokens
-        self.fleet = Fleet(settings, policy, self.knowledge.index, self.knowledge.subscriptions)
+        self.fleet = Fleet(
+            settings, policy, self.knowledge.index, self.knowledge.subscriptions, self.knowledge.own.forget
+        )
         self.keys = Keys(settings.api_keys)
         self.admin = Keys([settings.admin_key] if settings.admin_key else [])
         self.admission = Admission(

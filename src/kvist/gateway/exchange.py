@@ -145,6 +145,8 @@ class Exchange:
             upstream = await worker.pool.connect(self.gateway.settings.connect_timeout)
         except (OSError, TimeoutError) as error:
             self._connecting = None
+            if isinstance(error, ConnectionRefusedError):
+                self.gateway.fleet.gone(worker)
             self.response_failed(f"cannot connect: {error or 'timed out'}", stale=False)
             return
         self._connecting = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import msgspec
@@ -51,8 +51,10 @@ class Fleet:
         policy: RoutingPolicy,
         index: PrefixKnowledge,
         subscriptions: Subscriptions | None = None,
+        forget: Callable[[int], None] = lambda slot: None,
     ) -> None:
         self.settings = settings
+        self._forget = forget  # drops what decisions alone made us believe of a worker's cache
         self.subscriptions = subscriptions
         self.router = Router(policy, index=index)
         self.workers: dict[str, Worker] = {}
@@ -178,8 +180,10 @@ class Fleet:
                 good = status < 400
                 if good and (not worker.models or not worker.healthy):
                     await self._learn_models(worker)
-            except (OSError, TimeoutError):
+            except (OSError, TimeoutError) as error:
                 good = False
+                if isinstance(error, ConnectionRefusedError):
+                    self.gone(worker)
             self._checked(worker, good)
             await asyncio.sleep(settings.health_check_interval)
 
@@ -209,6 +213,13 @@ class Fleet:
     def _auth(self) -> list[tuple[bytes, bytes]]:
         key = self.settings.worker_api_key
         return [(b"authorization", b"Bearer " + key.encode())] if key else []
+
+    def gone(self, worker: Worker) -> None:
+        """Nothing listens there: the engine's process has ended, and its cache with it."""
+        if worker.id in self.workers:
+            state = self.router.worker(worker.id)
+            self._forget(state.slot)
+            state.cached_tokens = 0
 
     def _checked(self, worker: Worker, good: bool) -> None:
         if good == worker.healthy:
