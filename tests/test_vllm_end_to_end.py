@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,9 @@ OPTIONS = ["--max-model-len=1536", "--dtype=float32", "--enforce-eager", "--serv
 OPTIONS += [f"--num-gpu-blocks-override={BLOCKS}", f"--block-size={BLOCK}", "--max-num-seqs=4"]
 ENVIRON = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
 CONVERSATIONS, TURNS = 14, 4
+THINK = (
+    0.1  # seconds to the next turn: nobody answers before the engine's events are out, a millisecond or so
+)
 WORDS = " ".join(TEXT).split()
 
 
@@ -73,6 +77,7 @@ def converse(url: str, number: int, turns: int = TURNS) -> list[Said]:
     for turn in range(turns):
         said = ask(url, messages)
         answers.append(said)
+        time.sleep(THINK)
         messages.append({"role": "assistant", "content": said.text})
         question = " ".join(Random(100 * number + turn).choices(WORDS, k=25))
         messages.append({"role": "user", "content": question})
