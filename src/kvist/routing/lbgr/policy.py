@@ -28,7 +28,7 @@ from kvist.routing.lbgr.queue import CONTEXT
 from kvist.routing.lbgr.worker import BOUNDS, PRIOR, SPREAD, Fleet, Worker
 from kvist.routing.rls import RecursiveLeastSquares
 
-OBJECTIVES = ("ttft", "latency", "slo")
+OBJECTIVES = {"ttft": "time to first token", "latency": "latency", "slo": "work within the target"}
 DECODERS = 0.5  # of a prefill's time is lost to each sequence that decodes beside it, for `latency`
 CROWD = 6.0  # a sequence delays all that come while it decodes: so many times what it waits for the others
 CLOSE, CLOSE_SECONDS = 0.05, 0.0025  # predictions that differ by less say nothing
@@ -71,6 +71,8 @@ class LBGR(RoutingPolicy):
         self.congestion = congestion
         self.forgetting = forgetting
         self.slo_ttft = slo_ttft
+        self._plain = f"smallest predicted {OBJECTIVES[objective]}"
+        self._priced = f"{self._plain} + price for delaying others"
         self._model()  # a wrong `forgetting` shows now
         self._fleet = Fleet()
         self._workers = self._fleet.workers
@@ -101,50 +103,48 @@ class LBGR(RoutingPolicy):
         output = self._outputs.expect(query)
         usual_tpot = fleet.tpot()
         stalls = DECODERS if self.objective == "latency" else 0.0
-        firsts, ends, works, features, waiting, waits, rate = [], [], [], [], [], [], 0.0
-        ideal, extra, crowd = inf, [], []
+        firsts, ends, works, features, tolls, waits = [], [], [], [], [], []
+        ideal, rate = inf, 0.0
         for candidate in candidates:
             state, cached = candidate.worker, candidate.cached
             own = workers[state.id]
+            in_flight, waiting = state.in_flight, state.waiting
             miss = length - cached if length > cached else 1  # an engine computes at least the last token
             work = miss + CONTEXT * miss * (cached + 0.5 * miss)  # prefill_work, inlined: it is in every loop
             used, drift = own.used, own.drift
-            if not state.in_flight and answers - own.learned >= own.patience and work <= 4 * usual:
+            if not in_flight and answers - own.learned >= own.patience and work <= 4 * usual:
                 used, drift = fleet.fastest(own)  # not heard of for long: try it with something small
             base, per_work, per_cached, per_decode, per_over = used
             factor = exp(drift) if drift else 1.0
             pace = per_work * factor / 1000
-            queue, late = 0.0, 0.0
-            if state.waiting:
-                queue, late = own.queue.look(now, pace)
-            queue += 1000 * state.load_elsewhere
+            queue, late = own.queue.look(now, pace) if waiting else (0.0, 0.0)
+            if state.load_elsewhere:
+                queue += 1000 * state.load_elsewhere
             over = 0.0
             if state.capacity:
                 over = own.held + miss + output - state.capacity
                 over = over / 1000 if over > 0 else 0.0
-            decoding = state.in_flight - state.waiting
-            x = (1.0, (queue + work) / 1000, cached / 1000, (decoding + state.others) / 10, over)
+            decoding = in_flight - waiting
+            ahead, held, crowd = (queue + work) / 1000, cached / 1000, (decoding + state.others) / 10
             first = late + factor * (
-                base + per_work * x[1] + per_cached * x[2] + per_decode * x[3] + per_over * over
+                base + per_work * ahead + per_cached * held + per_decode * crowd + per_over * over
             )
-            tpot = own.tpot_used if own.tpots else usual_tpot
             firsts.append(first)
-            ends.append(first + (output - 1) * tpot)
+            ends.append(first + (output - 1) * (own.tpot_used if own.tpots else usual_tpot))
             works.append(work)
-            features.append(x)
-            waiting.append(state.waiting)
+            features.append((1.0, ahead, held, crowd, over))
+            tolls.append(CROWD * factor * per_decode * crowd + stalls * pace * decoding * work)
             waits.append(pace * (queue + usual) + late)
-            extra.append(stalls * pace * decoding)
-            crowd.append(CROWD * factor * per_decode * x[3])
             rate += 1 / pace
             if pace < ideal:
                 ideal = pace
         price = 0.0
         if self.congestion:
-            many = delayed(waiting, [wait - ideal * usual for wait in waits])
+            least = ideal * usual
+            many = delayed([c.worker.waiting for c in candidates], [wait - least for wait in waits])
             price = self.congestion * many * len(candidates) / rate
         told = ends if self.objective == "latency" else firsts
-        scores = [t + c + (price + e) * work for t, c, e, work in zip(told, crowd, extra, works, strict=True)]
+        scores = [t + toll + price * work for t, toll, work in zip(told, tolls, works, strict=True)]
         if self.objective == "slo":
             self._prefer_good(scores, firsts, works)
         chosen = self._smallest(scores, works, candidates)
@@ -160,8 +160,7 @@ class LBGR(RoutingPolicy):
         )
 
     def _reason(self, scores: Sequence[float], chosen: int, price: float) -> str:
-        what = {"ttft": "time to first token", "slo": "work within the target"}.get(self.objective, "latency")
-        words = f"smallest predicted {what}" + (" + price for delaying others" if price else "")
+        words = self._priced if price else self._plain
         if scores[chosen] > min(scores):
             words += "; near equals: what saves work, then the emptiest cache"
         return words
@@ -187,10 +186,11 @@ class LBGR(RoutingPolicy):
         close = [i for i, score in enumerate(scores) if score <= limit]
         if len(close) == 1:
             return close[0]
-        limit = min(works[i] for i in close) + 0.1 * max(works)
+        limit = min([works[i] for i in close]) + 0.1 * max(works)
         close = [i for i in close if works[i] <= limit]
-        least = min(candidates[i].worker.cached_tokens for i in close)
-        ties = [i for i in close if candidates[i].worker.cached_tokens == least]
+        held = [candidates[i].worker.cached_tokens for i in close]
+        least = min(held)
+        ties = [i for i, tokens in zip(close, held, strict=True) if tokens == least]
         return ties[0] if len(ties) == 1 else ties[int(self.rng.random() * len(ties))]
 
     def dispatched(self, ticket: Ticket, now: float) -> None:

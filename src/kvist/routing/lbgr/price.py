@@ -20,7 +20,7 @@ def delayed(waiting: Sequence[int], wait: Sequence[float]) -> float:
     total = sum(waiting)
     if not total:
         return 0.0
-    usual = sum(n * w for n, w in zip(waiting, wait, strict=True)) / total
+    usual = sum([n * w for n, w in zip(waiting, wait, strict=True)]) / total
     if usual <= 0:
         return 0.0
     return total / len(waiting) * sqrt(min(max(min(wait), 0.0) / usual, 1.0))
