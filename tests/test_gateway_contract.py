@@ -112,6 +112,20 @@ def test_a_prompt_that_lost_its_cache_is_unlearned_beyond_a_block() -> None:
             worker.stop()
 
 
+def test_streams_without_usage_teach_how_long_answers_are() -> None:
+    """Most clients ask for no usage; a prediction that left decoding out would be a tenth of the latency."""
+    with running([engine()]) as gateway:
+        took, told = [], []
+        for i in range(40):
+            began = time.monotonic()
+            body = chat(f"question {i}", stream=True, max_tokens=40)
+            status, _, headers = call(gateway.url, "/v1/chat/completions", body, x_kvist_explain="1")
+            assert status == 200
+            took.append(time.monotonic() - began)
+            told.append(float(headers["x-kvist-predicted-latency"]))
+        assert sorted(told[20:])[10] > 0.4 * sorted(took[20:])[10]
+
+
 @pytest.mark.parametrize("options", [(), ("--tokenizer=embedded",)])
 def test_adapters_are_models_and_keep_prefixes_apart(options: tuple[str, ...]) -> None:
     models = [{"id": "base"}, {"id": "ada", "parent": "base"}, {"id": "bob", "parent": "base"}]

@@ -45,6 +45,7 @@ class Exchange:
         "_attempts",
         "_client_paused",
         "_connecting",
+        "_events",
         "_last_data",
         "_tail",
         "_tried",
@@ -90,6 +91,7 @@ class Exchange:
         self._tried: set[str] = set()
         self._tail = b""
         self._last_data = 0.0
+        self._events = 0  # of a stream
         self._connecting: asyncio.Task[None] | None = None
         self._client_paused = False
         self.prepare: Callable[[Callable[[bool], None]], None] | None = None  # makes token ids of the query
@@ -202,6 +204,8 @@ class Exchange:
         elif self.stream and self.worker is not None:
             self.gateway.metrics.worker(self.worker.id).itl.observe(now - self._last_data)
         self._last_data = now
+        if self.stream:
+            self._events += data.count(b"data: ")
         self._tail = data[-_TAIL:] if len(data) >= _TAIL else (self._tail + data)[-_TAIL:]
 
     def response_done(self, reusable: bool) -> None:
@@ -370,6 +374,8 @@ class Exchange:
         found = _USAGE.findall(tail, max(tail.rfind(b'"usage"'), 0))
         usage = {name: int(value) for name, value in found}
         outcome.output_tokens = usage.get(b"completion_tokens", usage.get(b"output_tokens", 0))
+        if not outcome.output_tokens and self._events:  # engines send about one event a token, and two more
+            outcome.output_tokens = max(self._events - 2, 1)
         cached = usage.get(b"cached_tokens")
         prompt = usage.get(b"prompt_tokens", usage.get(b"input_tokens", 0))
         if not prompt or self.ticket is None or self.worker is None:
