@@ -165,6 +165,18 @@ def test_usage_and_times_are_learned() -> None:
     assert pool.told == [("sent", url_of(pool.places[0])), ("succeeded", url_of(pool.places[0]))]
 
 
+def test_a_stream_without_usage_teaches_its_length_by_its_events() -> None:
+    picker, _ = make(1)
+    flight = ask(picker, more=',"stream":true')
+    picker.answered(flight, 200, "", 0.1)
+    picker.first_data(flight, 0.1)
+    flight.events = 12
+    picker.end(flight, Status.OK, b"data: [DONE]\n\n", 2.1)
+    ticket = ask(picker).ticket
+    assert ticket is not None and ticket.decision.predicted is not None
+    assert ticket.decision.predicted > 0.5, "2 s for 10 tokens, most of it decoding"
+
+
 def test_a_fallback_that_served_has_the_request_and_the_chosen_one_the_failure() -> None:
     picker, pool = make(3)
     flight = ask(picker)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvist.gateway.admission import Waiting
 from kvist.gateway.fleet import Worker
+from kvist.gateway.prompt import streamed_tokens
 from kvist.http.client import UpstreamConnection
 from kvist.http.server import Connection, Request, error_body
 from kvist.model import Query
@@ -374,8 +375,8 @@ class Exchange:
         found = _USAGE.findall(tail, max(tail.rfind(b'"usage"'), 0))
         usage = {name: int(value) for name, value in found}
         outcome.output_tokens = usage.get(b"completion_tokens", usage.get(b"output_tokens", 0))
-        if not outcome.output_tokens and self._events:  # engines send about one event a token, and two more
-            outcome.output_tokens = max(self._events - 2, 1)
+        if not outcome.output_tokens:
+            outcome.output_tokens = streamed_tokens(self._events)
         cached = usage.get(b"cached_tokens")
         prompt = usage.get(b"prompt_tokens", usage.get(b"input_tokens", 0))
         if not prompt or self.ticket is None or self.worker is None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection
 from heapq import nsmallest
 
 from kvist.gateway.metrics import Metrics
-from kvist.gateway.prompt import BadBody, parse, to_query
+from kvist.gateway.prompt import BadBody, parse, streamed_tokens, to_query
 from kvist.gateway.settings import ROUTED
 from kvist.picker.flight import Asked, Endpoints, Flight, Prepare, Refused
 from kvist.picker.flow import FlowControl
@@ -260,6 +260,8 @@ class Picker:
         """True token counts from the end of the answer, scaled to the index's units."""
         usage = {name: int(value) for name, value in _USAGE.findall(tail)}
         outcome.output_tokens = usage.get(b"completion_tokens", usage.get(b"output_tokens", 0))
+        if not outcome.output_tokens:
+            outcome.output_tokens = streamed_tokens(flight.events)
         cached = usage.get(b"cached_tokens")
         prompt = usage.get(b"prompt_tokens", usage.get(b"input_tokens", 0))
         if cached is None or not prompt:

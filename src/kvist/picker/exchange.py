@@ -189,6 +189,8 @@ class Exchange:
             if not self._seen_data and flight is not None:
                 self._seen_data = True
                 self.picker.first_data(flight, now)
+            if flight is not None and flight.stream:
+                flight.events += data.count(b"data: ")
             self._tail = data[-_TAIL:] if len(data) >= _TAIL else (self._tail + data)[-_TAIL:]
         if part.end_of_stream:
             self._end(Status.OK, now)

@@ -67,6 +67,7 @@ class Flight:
         "asked",
         "body",
         "entry",
+        "events",
         "gone",
         "kind",
         "late",
@@ -88,6 +89,7 @@ class Flight:
         self.query: Query | None = None
         self.preparing = self.late = self.tokenised = self.gone = False
         self.ticket: Ticket | None = None
+        self.events = 0  # of a stream
         self.places: tuple[str, ...] = ()
         self.entry: Waiting | None = None
         self.refused: Refused | None = None
