@@ -63,7 +63,9 @@ class History:
         cached = ticket.decision.cached if outcome.cached_tokens is None else outcome.cached_tokens
         window.cached += cached
         window.prompt += ticket.query.length
-        latest = self._latest.setdefault(ticket.worker.id, deque(maxlen=LATENCIES))
+        latest = self._latest.get(ticket.worker.id)
+        if latest is None:
+            latest = self._latest[ticket.worker.id] = deque(maxlen=LATENCIES)
         latest.append(outcome.latency)
 
     def sample(self, now: float) -> None:

@@ -31,10 +31,7 @@ RECOVERED = 0.7  # actual over predicted, below which a worker that was tried ag
 STALE = 50  # answers of a mean worker, after which one that got nothing is tried again
 MOST_PATIENCE = 100 * STALE
 DECODE_GAIN = 0.02
-RATE, BURST = (
-    200.0,
-    100.0,
-)  # answers of a worker that are learned from, a second and at once; more tell no more
+RATE, BURST = 50.0, 100.0  # answers of a worker learned from, a second and at once; more tell no more
 TOGETHER = 12  # requests that decode at the same time see the same load: so many tell as much as one
 
 Coefficients = tuple[float, ...]
