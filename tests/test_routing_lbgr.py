@@ -435,7 +435,7 @@ def test_new_prefixes_go_to_the_emptiest_of_idle_workers() -> None:
 
 @pytest.mark.parametrize(("rate", "learned"), [(50, 500), (2000, 200)])
 def test_of_a_flood_of_answers_it_learns_from_some_and_gives_back_all(rate: int, learned: int) -> None:
-    """500 answers at the pace of a real worker are all learned from; of 2000 a second the first 100 and 50 a second."""
+    """500 answers at a real worker's pace are all learned from; of 2000 a second 100, then 50 a second."""
     policy = make_policy("lbgr", rng=Random(0))
     assert isinstance(policy, LBGR)
     router = Router(policy)
