@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from random import Random
 from statistics import mean
@@ -12,6 +11,7 @@ from kvist.bench import half_width
 from kvist.cache import PrefixCache, make_eviction
 from kvist.cache.belady import Future
 from kvist.model import TOKEN_BYTES
+from kvist.spread import spread
 from kvist.workloads import make_workload
 
 CEILING = "belady"
@@ -94,14 +94,7 @@ def run(
         own = tuple(range(seed, seed + seeds)) if policy in SEEDED else (seed,)
         tasks.append(Task(workload, rate, policy, tuple(sizes), own, block_size, seed))
     done: list[list[Point]] = [[] for _ in tasks]
-    if jobs == 1:
-        for i, task in enumerate(tasks):
-            done[i] = run_task(task)
-            progress()
-    else:
-        with ProcessPoolExecutor(jobs) as pool:
-            futures = {pool.submit(run_task, task): i for i, task in enumerate(tasks)}
-            for future in as_completed(futures):
-                done[futures[future]] = future.result()
-                progress()
+    for i, result in spread(run_task, tasks, jobs=jobs):
+        done[i] = result
+        progress()
     return [point for points in done for point in points]

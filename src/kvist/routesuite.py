@@ -9,7 +9,6 @@ looked at while LBGR was designed and are reported apart.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
 from math import exp, log
@@ -20,6 +19,7 @@ from typing import Any
 from kvist.bench import half_width
 from kvist.sim import SimConfig, SimResult, simulate
 from kvist.sim.base import WorkerSpec
+from kvist.spread import spread
 from kvist.workloads import make_workload
 
 CLAIRVOYANT = "clairvoyant"
@@ -211,16 +211,9 @@ def run(
     """The suite's result, the same in any number of processes. Raises ValueError for unknown routers."""
     units = [Unit(point, router, (), seed + i) for point in found for router in routers for i in range(seeds)]
     done: list[SimResult | None] = [None] * len(units)
-    if jobs == 1:
-        for i, unit in enumerate(units):
-            done[i] = run_unit(unit)
-            progress()
-    else:
-        with ProcessPoolExecutor(jobs) as pool:
-            futures = {pool.submit(run_unit, unit): i for i, unit in enumerate(units)}
-            for future in as_completed(futures):
-                done[futures[future]] = future.result()
-                progress()
+    for i, result in spread(run_unit, units, jobs=jobs):
+        done[i] = result
+        progress()
     results = iter([result for result in done if result is not None])
     lines = []
     for point in found:

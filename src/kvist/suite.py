@@ -10,7 +10,6 @@ The adaptive policy was designed on DESIGN; all other workloads were held out, a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -21,6 +20,7 @@ from kvist.cache import PrefixCache, make_eviction
 from kvist.cache.belady import Future
 from kvist.cachebench import CEILING, working_set
 from kvist.model import TOKEN_BYTES
+from kvist.spread import spread
 from kvist.workloads import make_workload
 
 BASE = "l-lru"
@@ -138,16 +138,9 @@ def run(
     names = tuple(dict.fromkeys((BASE, *policies, CEILING)))
     units = [Unit(spec, names, tuple(percent), block_size, seed + i) for spec in specs for i in range(seeds)]
     done: list[list[tuple[int, dict[str, float]]]] = [[] for _ in units]
-    if jobs == 1:
-        for i, unit in enumerate(units):
-            done[i] = run_unit(unit)
-            progress()
-    else:
-        with ProcessPoolExecutor(jobs) as pool:
-            futures = {pool.submit(run_unit, unit): i for i, unit in enumerate(units)}
-            for future in as_completed(futures):
-                done[futures[future]] = future.result()
-                progress()
+    for i, result in spread(run_unit, units, jobs=jobs):
+        done[i] = result
+        progress()
     by_workload = {spec: done[i * seeds : (i + 1) * seeds] for i, spec in enumerate(specs)}
 
     def summary(of: Sequence[str]) -> Outcome | None:

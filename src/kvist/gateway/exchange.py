@@ -9,13 +9,12 @@ the reservation given back).
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kvist.gateway.admission import Waiting
 from kvist.gateway.fleet import Worker
-from kvist.gateway.prompt import streamed_tokens
+from kvist.gateway.usage import TAIL, read_usage
 from kvist.http.client import UpstreamConnection
 from kvist.http.server import Connection, Request, error_body
 from kvist.model import Query
@@ -35,10 +34,6 @@ DROPPED = HOP | {b"host", b"content-length", b"transfer-encoding", b"expect", b"
 JSON = b"application/json"
 REQUEST_ID = b"x-request-id"
 TELLS_CACHED = frozenset({"/v1/chat/completions", "/v1/completions"})  # where usage counts cached tokens
-_TAIL = 1024  # bytes at the end of an answer in which `usage` is looked for
-_USAGE = re.compile(
-    rb'"(prompt_tokens|completion_tokens|cached_tokens|input_tokens|output_tokens)"\s*:\s*(\d+)'
-)
 
 
 class Exchange:
@@ -207,7 +202,7 @@ class Exchange:
         self._last_data = now
         if self.stream:
             self._events += data.count(b"data: ")
-        self._tail = data[-_TAIL:] if len(data) >= _TAIL else (self._tail + data)[-_TAIL:]
+        self._tail = data[-TAIL:] if len(data) >= TAIL else (self._tail + data)[-TAIL:]
 
     def response_done(self, reusable: bool) -> None:
         self.upstream = None
@@ -371,14 +366,7 @@ class Exchange:
 
     def _read_usage(self, outcome: Outcome) -> None:
         """True token counts from the end of the answer, scaled to the index's units."""
-        tail = self._tail
-        found = _USAGE.findall(tail, max(tail.rfind(b'"usage"'), 0))
-        usage = {name: int(value) for name, value in found}
-        outcome.output_tokens = usage.get(b"completion_tokens", usage.get(b"output_tokens", 0))
-        if not outcome.output_tokens:
-            outcome.output_tokens = streamed_tokens(self._events)
-        cached = usage.get(b"cached_tokens")
-        prompt = usage.get(b"prompt_tokens", usage.get(b"input_tokens", 0))
+        prompt, outcome.output_tokens, cached = read_usage(self._tail, self._events)
         if not prompt or self.ticket is None or self.worker is None:
             return
         if self.tokenised:

@@ -39,11 +39,6 @@ class Body(msgspec.Struct):
     priority: int | None = 0
 
 
-def streamed_tokens(events: int) -> int:
-    """Tokens of a streamed answer without `usage`: engines send about one event a token, and two more."""
-    return max(events - 2, 1) if events else 0
-
-
 class BadBody(ValueError):
     """The body is not what the path takes; the message says what is wrong."""
 

@@ -7,22 +7,18 @@ of a request's life: `ask`, then (`answered`, `first_data`)?, then `end`, exactl
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Collection
 from heapq import nsmallest
 
 from kvist.gateway.metrics import Metrics
-from kvist.gateway.prompt import BadBody, parse, streamed_tokens, to_query
+from kvist.gateway.prompt import BadBody, parse, to_query
 from kvist.gateway.settings import ROUTED
+from kvist.gateway.usage import read_usage
 from kvist.picker.flight import Asked, Endpoints, Flight, Prepare, Refused
 from kvist.picker.flow import FlowControl
 from kvist.picker.protocol import in_subset, place_of, url_of
 from kvist.picker.settings import PickerSettings
 from kvist.routing import NoWorker, Outcome, Status, Ticket
-
-_USAGE = re.compile(
-    rb'"(prompt_tokens|completion_tokens|cached_tokens|input_tokens|output_tokens)"\s*:\s*(\d+)'
-)
 
 
 class Picker:
@@ -258,12 +254,7 @@ class Picker:
 
     def _usage(self, flight: Flight, ticket: Ticket, outcome: Outcome, tail: bytes) -> None:
         """True token counts from the end of the answer, scaled to the index's units."""
-        usage = {name: int(value) for name, value in _USAGE.findall(tail)}
-        outcome.output_tokens = usage.get(b"completion_tokens", usage.get(b"output_tokens", 0))
-        if not outcome.output_tokens:
-            outcome.output_tokens = streamed_tokens(flight.events)
-        cached = usage.get(b"cached_tokens")
-        prompt = usage.get(b"prompt_tokens", usage.get(b"input_tokens", 0))
+        prompt, outcome.output_tokens, cached = read_usage(tail, flight.events)
         if cached is None or not prompt:
             return
         scale = ticket.query.length / prompt

@@ -12,6 +12,7 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
+from kvist.gateway.usage import TAIL
 from kvist.http.server import error_body
 from kvist.picker import messages
 from kvist.picker.core import Picker
@@ -19,7 +20,6 @@ from kvist.picker.flight import Asked, Flight, Refused
 from kvist.picker.protocol import EXPLAIN, FAIRNESS, OBJECTIVE
 from kvist.routing import Status
 
-_TAIL = 1024  # bytes at the end of an answer in which `usage` is looked for
 _GO_ON = {
     kind: messages.go_on(kind)
     for kind in ("request_trailers", "response_headers", "response_body", "response_trailers")
@@ -191,7 +191,7 @@ class Exchange:
                 self.picker.first_data(flight, now)
             if flight is not None and flight.stream:
                 flight.events += data.count(b"data: ")
-            self._tail = data[-_TAIL:] if len(data) >= _TAIL else (self._tail + data)[-_TAIL:]
+            self._tail = data[-TAIL:] if len(data) >= TAIL else (self._tail + data)[-TAIL:]
         if part.end_of_stream:
             self._end(Status.OK, now)
         if not self._duplex_out:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol
 
+from kvist.gateway.admission import Waiting
 from kvist.gateway.prompt import Body
 from kvist.model import Query
-from kvist.picker.flow import Waiting
 from kvist.routing import Router, Ticket
 
 # Makes token ids of a query's text and calls back, at once or later: query, kind, body, raw body, call back.

@@ -9,17 +9,8 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
-
-@dataclass(slots=True, eq=False)
-class Waiting:
-    """A request in the queue. `start` runs when its turn comes, `refuse` when it has waited too long."""
-
-    start: Callable[[], None]
-    refuse: Callable[[], None]
-    deadline: float
-    gone: bool = False
+from kvist.gateway.admission import Waiting
 
 
 class FlowControl:
