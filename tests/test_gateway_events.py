@@ -123,7 +123,8 @@ def test_salted_prompts_do_not_match_others() -> None:
         for salt in ("a", "a", "b", None, None):
             body = chat("z" * 1000, model="tiny", max_tokens=1, **({"cache_salt": salt} if salt else {}))
             assert call(gateway.url, "/v1/chat/completions", body)[0] == 200
-        wait_for(lambda: knows(gateway) == ["exact"])
+            settle(gateway)
+        assert knows(gateway) == ["exact"]
         cached = [(entry["cached"], entry["cached_true"]) for entry in state(gateway.url)["recent"]]
         assert [estimate > 0 for estimate, _ in cached] == [False, True, False, False, True]
         assert all(estimate == true for estimate, true in cached), cached
