@@ -26,10 +26,11 @@ given = parser.parse_args()
 mode = os.environ.get("FAKE_ENGINE", "")
 if mode == "usage":
     sys.exit(2)
+if mode == "stubborn":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
 print(f"helper {helper.pid}, eviction {os.environ.get('KVIST_EVICTION', 'own')}", flush=True)
 if mode == "stubborn":
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     while True:
         time.sleep(1)
 events = given.kv_events_config

@@ -17,7 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from kvist.launch.machine import take_ports
+
 FAKE = str(Path(__file__).with_name("fake_worker.py"))
+
+SECONDS = 90.0  # of silence that no slow machine explains
 
 
 class Process:
@@ -52,7 +56,7 @@ class Process:
             self.process.send_signal(signal.SIGCONT)
             self.process.terminate()
             try:
-                self.process.wait(10)
+                self.process.wait(30)
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
@@ -116,7 +120,7 @@ def call(
     names = {name.replace("_", "-"): value for name, value in headers.items()}
     request = urllib.request.Request(url + path, data, names, method=method)
     try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=SECONDS) as answer:
             return answer.status, answer.read(), {k.lower(): v for k, v in answer.headers.items()}
     except urllib.error.HTTPError as error:
         return error.code, error.read(), {k.lower(): v for k, v in error.headers.items()}
@@ -126,8 +130,13 @@ def chat(text: str = "hello", **more: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": text}], **more}
 
 
-def wait_for(true: Any, seconds: float = 40.0) -> None:
-    """Until `true()` is true."""
+def free_port() -> int:
+    """One that stays free until it is bound."""
+    return take_ports("127.0.0.1", 0, 1)[0]
+
+
+def wait_for(true: Any, seconds: float = 100.0) -> None:
+    """Until `true()` is true. The limit is for what never comes true, not for a slow machine."""
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "it did not come true in time"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, NONE_HERE, Browser
-from gateway_processes import wait_for
+from gateway_processes import SECONDS, wait_for
 
 from kvist.demo.processes import Cluster
 from kvist.demo.run import Setup, caution, verdict
@@ -44,7 +44,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with report.html and result.json of one run."""
     folder = tmp_path_factory.mktemp("demo")
     done = subprocess.run(
-        command("--json", f"--out={folder}"), capture_output=True, text=True, timeout=200, check=True
+        command("--json", f"--out={folder}"), capture_output=True, text=True, timeout=280, check=True
     )
     (folder / "result.json").write_text(done.stdout)
     return folder
@@ -87,11 +87,11 @@ def test_interrupted_it_stops_what_it_started(number: signal.Signals, tmp_path: 
         command(f"--out={tmp_path}", "--speed=2"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     try:
-        wait_for(lambda: len(children(process.pid)) == 3, 60)  # two engines and the gateway
+        wait_for(lambda: len(children(process.pid)) == 3)  # two engines and the gateway
         time.sleep(1)
         started = children(process.pid)
         process.send_signal(number)
-        assert process.wait(40) in (130, 128 + number)
+        assert process.wait(SECONDS) in (130, 128 + number)
         assert not [pid for pid in started if alive(pid)]
         assert process.stdout is not None and b"Traceback" not in process.stdout.read()
     finally:

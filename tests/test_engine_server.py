@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from gateway_processes import Process, call, chat, engine, metric, wait_for
+from gateway_processes import SECONDS, Process, call, chat, engine, metric, wait_for
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_gateway_fuzz import bodies, statuses
@@ -82,7 +82,7 @@ def test_beyond_its_queue_it_refuses_and_a_busy_cache_is_not_flushed(process: Pr
     found: list[tuple[int, dict[str, str]]] = []
 
     def ask(i: int) -> None:
-        status, _, headers = call(process.url, CHAT, chat(f"{i}", max_tokens=300))
+        status, _, headers = call(process.url, CHAT, chat(f"{i}", max_tokens=1500))
         found.append((status, headers))
 
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(12)]
@@ -115,11 +115,11 @@ def test_what_does_not_fit_is_named(process: Process) -> None:
 
 def test_the_speed_up_shortens_waiting_not_the_modelled_times() -> None:
     spent, modelled = [], []
-    for speed in (1, 8):
+    for speed in (1, 4):
         one = Process("-m", "kvist", "engine", "--port=0", f"--speed={speed}", "--model=tiny")
         try:
             start = time.monotonic()
-            assert call(one.url, CHAT, chat("x" * 8000, max_tokens=20))[0] == 200
+            assert call(one.url, CHAT, chat("x" * 8000, max_tokens=200))[0] == 200
             spent.append(time.monotonic() - start)
             modelled.append(metric(one.url, "vllm:e2e_request_latency_seconds_sum"))
         finally:
@@ -129,25 +129,32 @@ def test_the_speed_up_shortens_waiting_not_the_modelled_times() -> None:
 
 
 def test_sigterm_lets_requests_end_and_a_second_signal_does_not() -> None:
-    for signals, status in ((1, "whole"), (2, "cut")):
+    for signals, tokens, status in ((1, 1500, "whole"), (2, 20_000, "cut")):
         one = engine()
         found: list[object] = []
 
-        def ask(url: str = one.url, found: list[object] = found) -> None:
+        def ask(url: str = one.url, tokens: int = tokens, found: list[object] = found) -> None:
             try:
-                found.append(call(url, CHAT, chat("long", max_tokens=1500))[0])
+                found.append(call(url, CHAT, chat("long", max_tokens=tokens))[0])
             except OSError:
                 found.append("cut")
+
+        def refuses(url: str = one.url) -> bool:
+            try:
+                call(url, "/health")
+            except OSError:
+                return True
+            return False
 
         thread = threading.Thread(target=ask)
         thread.start()
         wait_for(lambda url=one.url: metric(url, "vllm:num_requests_running") == 1)
         for _ in range(signals):
             one.signal(signal.SIGTERM)
-            time.sleep(0.3)
+            wait_for(refuses)
         thread.join()
         assert found == [200 if status == "whole" else "cut"]
-        assert one.process.wait(10) == 0
+        assert one.process.wait(SECONDS) == 0
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -89,7 +89,7 @@ def test_a_name_is_looked_up_again_and_keeps_its_workers_while_it_does_not_resol
     async def work(fleet: Fleet, membership: Membership, log: list[dict[str, Any]]) -> None:
         spec = WorkerSpec(url="dns+http://svc.local:80/base/", data_parallel_size=2)
         task = asyncio.ensure_future(names.follow(spec, membership, 0.01, membership.log, resolve))
-        for _ in range(400):
+        for _ in range(5000):
             await asyncio.sleep(0.002)
             if not seen or seen[-1] != sorted(fleet.workers):
                 seen.append(sorted(fleet.workers))
@@ -110,7 +110,7 @@ def test_settings_that_change_start_and_end_look_ups() -> None:
         discovery = Discovery(membership, membership.log)
 
         async def until(*wanted: int) -> None:
-            for _ in range(500):
+            for _ in range(5000):
                 if ports(fleet) == sorted(wanted):
                     return
                 await asyncio.sleep(0.01)

@@ -6,11 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from gateway_processes import Process, call, chat, state, wait_for
+from gateway_processes import SECONDS, Process, call, chat, state, wait_for
 
 
 def serve(*options: str) -> Process:
@@ -45,7 +44,7 @@ def test_engines_serve_and_end_with_the_gateway(end: signal.Signals) -> None:
         wait_for(lambda: any("reloaded" in line for line in gateway.lines))
         assert len(state(gateway.url)["workers"]) == 2, "a reload keeps them"
         gateway.signal(end)
-        assert gateway.process.wait(20) == 0
+        assert gateway.process.wait(SECONDS) == 0
         wait_for(lambda: not any(alive(pid) for pid in engines))
     finally:
         gateway.stop()
@@ -65,13 +64,12 @@ def test_with_the_embedded_tokenizer_their_events_are_followed() -> None:
 
 
 def test_a_wrong_option_of_the_engines_ends_in_one_line() -> None:
-    started = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "kvist", "serve", "--port=0", "--embedded=1", "--eviction=nonsense"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=SECONDS,
     )
-    assert done.returncode == 2 and time.monotonic() - started < 30
+    assert done.returncode == 2
     assert "embedded engines" in done.stderr and "nonsense" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

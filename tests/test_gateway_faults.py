@@ -19,11 +19,13 @@ from random import Random
 
 import pytest
 from gateway_processes import (
+    SECONDS,
     at_rest,
     call,
     chat,
     engine,
     fake,
+    free_port,
     metric,
     nothing_left,
     running,
@@ -37,7 +39,7 @@ CHAT = "/v1/chat/completions"
 
 def send_raw(url: str, body: bytes, path: str = CHAT, **headers: str) -> socket.socket:
     host, port = url.removeprefix("http://").split(":")
-    sock = socket.create_connection((host, int(port)), timeout=30)
+    sock = socket.create_connection((host, int(port)), timeout=SECONDS)
     more = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     head = f"POST {path} HTTP/1.1\r\nhost: x\r\n{more}content-length: {len(body)}\r\n\r\n"
     sock.sendall(head.encode() + body)
@@ -80,10 +82,8 @@ def test_a_broken_worker_is_retried_elsewhere_and_then_left_alone() -> None:
 @pytest.mark.parametrize(("mode", "words"), [("garbage", "not valid HTTP"), ("hang", "no answer in time")])
 def test_without_another_worker_the_client_is_told(mode: str, words: str) -> None:
     with running([fake(mode)], "--first-byte-timeout=2") as gateway:
-        start = time.monotonic()
         status, body, _ = call(gateway.url, CHAT, chat())
         assert status == 502 and words in json.loads(body)["error"]["message"]
-        assert time.monotonic() - start < 10
         nothing_left(gateway)
         assert metric(gateway.url, "kvist_requests_total", outcome="failed") == 1
 
@@ -114,15 +114,11 @@ def test_a_worker_killed_amid_its_streams() -> None:
     dying, good = fake("slow"), fake()
     with running([dying, good], "--policy=round_robin", "--health-check-interval=0.3") as gateway:
         body = json.dumps(chat(stream=True)).encode()
-        streams = []
-        for _ in range(6):
-            streams.append(send_raw(gateway.url, body))
-            time.sleep(0.02)
-        time.sleep(0.3)
+        streams = [send_raw(gateway.url, body) for _ in range(6)]
+        begun = [sock.recv(65536) for sock in streams]  # an answer that has begun is not tried elsewhere
         dying.signal(signal.SIGKILL)
         ends = []
-        for sock in streams:
-            data = b""
+        for sock, data in zip(streams, begun, strict=True):
             try:
                 while not data.endswith(b"0\r\n\r\n") and (piece := sock.recv(65536)):
                     data += piece
@@ -203,7 +199,7 @@ async def storm(url: str, total: int, at_once: int, seed: int) -> dict[str, int]
                 continue
             counts["stayed"] += 1
             writer.write(data)
-            answer = await asyncio.wait_for(reader.readuntil(b"0\r\n\r\n"), 30)
+            answer = await asyncio.wait_for(reader.readuntil(b"0\r\n\r\n"), SECONDS)
             counts["served"] += answer.startswith(b"HTTP/1.1 200") and b"[DONE]" in answer
         if writer is not None:
             writer.close()
@@ -214,9 +210,7 @@ async def storm(url: str, total: int, at_once: int, seed: int) -> dict[str, int]
 
 def test_a_worker_that_cannot_be_connected_to() -> None:
     """Refused, reset at once, or never accepted: the request goes elsewhere, and all is given back."""
-    refused = socket.create_server(("127.0.0.1", 0))
-    nobody = f"http://127.0.0.1:{refused.getsockname()[1]}"
-    refused.close()
+    nobody = f"http://127.0.0.1:{free_port()}"
     full = socket.create_server(("127.0.0.1", 0), backlog=0)
     fillers = [socket.socket() for _ in range(4)]
     for sock in fillers:
@@ -225,7 +219,7 @@ def test_a_worker_that_cannot_be_connected_to() -> None:
     never = f"http://127.0.0.1:{full.getsockname()[1]}"
     good = fake()
     extra = ("--worker-urls", nobody, "--worker-urls", never)
-    options = ("--policy=round_robin", "--connect-timeout=0.5", "--retry-max-retries=3")
+    options = ("--policy=round_robin", "--connect-timeout=1", "--retry-max-retries=3")
     with running([fake("close"), good], *extra, *options) as gateway:
         bad = [nobody, never]
         assert [call(gateway.url, CHAT, chat(f"{i}"))[0] for i in range(8)] == [200] * 8
@@ -242,8 +236,13 @@ def test_a_breaker_lets_a_worker_that_recovered_back_in() -> None:
     with running([fake("error")], "--cb-failure-threshold=2", "--cb-timeout-duration=1") as gateway:
         worker = state(gateway.url)["workers"][0]["id"]
         assert [call(gateway.url, CHAT, chat())[0] for _ in range(2)] == [500, 500], "its own answer"
-        status, _, headers = call(gateway.url, CHAT, chat())
-        assert status == 503 and int(headers["retry-after"]) >= 1, "its breaker is open"
+
+        def refused() -> bool:
+            """While its breaker is open; after a second one request may try, and opens it again."""
+            status, _, headers = call(gateway.url, CHAT, chat())
+            return status == 503 and int(headers["retry-after"]) >= 1
+
+        wait_for(refused)
         call(worker, "/mode", b"ok")
         wait_for(lambda: call(gateway.url, CHAT, chat())[0] == 200)
         assert metric(gateway.url, "kvist_worker_breaker", worker=worker, state="closed") == 1
@@ -257,13 +256,16 @@ def test_a_worker_that_is_only_full_keeps_its_breaker_closed() -> None:
         assert metric(gateway.url, "kvist_retries_total", worker=busy.url) >= 6
         assert metric(gateway.url, "kvist_worker_breaker", worker=busy.url, state="closed") == 1
         good.stop()
-        wait_for(lambda: call(gateway.url, CHAT, chat())[0] == 503)
-        status, _, headers = call(gateway.url, CHAT, chat())
-        assert status == 503 and headers["retry-after"] == "1", "the worker's own words"
+
+        def in_the_workers_own_words() -> bool:
+            status, _, headers = call(gateway.url, CHAT, chat())
+            return status == 503 and headers["retry-after"] == "1"
+
+        wait_for(in_the_workers_own_words)
 
 
 def test_clients_that_leave_the_queue() -> None:
-    options = ("--max-concurrent-requests=2", "--queue-size=20", "--first-byte-timeout=30")
+    options = ("--max-concurrent-requests=2", "--queue-size=20", "--first-byte-timeout=300")
     with running([fake("hang")], *options) as gateway:
         body = json.dumps(chat()).encode()
         clients = [send_raw(gateway.url, body) for _ in range(12)]
@@ -296,7 +298,7 @@ def test_overload_is_refused_with_a_time_to_come_back() -> None:
         "--max-concurrent-requests=4",
         "--queue-size=4",
         "--queue-timeout=1",
-        "--first-byte-timeout=3",
+        "--first-byte-timeout=8",
     ) as gateway:
         with ThreadPoolExecutor(20) as pool:
             results = list(pool.map(lambda i: call(gateway.url, CHAT, chat(f"{i}")), range(20)))
@@ -315,7 +317,7 @@ def test_sigterm_lets_a_stream_come_to_its_end() -> None:
         while piece := sock.recv(65536):
             data += piece
         assert data.count(b"data: {") == 150 and data.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
-        assert gateway.process.wait(8) == 0
+        assert gateway.process.wait(SECONDS) == 0
 
 
 def test_sighup_takes_over_workers_and_keys_and_bad_settings_change_nothing(tmp_path: Path) -> None:
@@ -348,16 +350,22 @@ def test_sighup_takes_over_workers_and_keys_and_bad_settings_change_nothing(tmp_
 
 def test_sigterm_lets_requests_end() -> None:
     worker = fake("slow")
-    with running([worker], "--drain-timeout=10") as gateway:
+    with running([worker], "--drain-timeout=300") as gateway:
         sock = send_raw(gateway.url, json.dumps(chat(stream=True)).encode())
         sock.recv(1000)
         gateway.signal(signal.SIGTERM)
-        time.sleep(0.5)
-        assert gateway.process.poll() is None, "it waits for the stream"
-        with pytest.raises(OSError):
-            send_raw(gateway.url, b"{}")
+
+        def refuses() -> bool:
+            try:
+                send_raw(gateway.url, b"{}").close()
+            except OSError:
+                return True
+            return False
+
+        wait_for(refuses)
+        assert sock.recv(1000) and gateway.process.poll() is None, "it waits for the stream"
         sock.close()
-        assert gateway.process.wait(8) == 0
+        assert gateway.process.wait(SECONDS) == 0
 
 
 def test_workers_come_and_go_under_load() -> None:
@@ -381,15 +389,17 @@ def test_workers_come_and_go_under_load() -> None:
         assert call(gateway.url, "/workers", {"url": second.url}, **key)[0] == 201
         assert call(gateway.url, "/workers", {"url": second.url}, **key)[0] == 400
         wait_for(lambda: len(state(gateway.url)["workers"]) == 2)
-        time.sleep(0.3)
+        served = len(statuses)
+        wait_for(lambda: len(statuses) > served + 20)
         assert call(gateway.url, f"/workers/{first.url}", method="DELETE", **key)[0] == 200
         assert call(gateway.url, "/policy", {"policy": "least_load"}, **key)[0] == 200
         assert call(gateway.url, "/policy", {"policy": "none"}, **key)[0] == 400
-        time.sleep(0.3)
+        served = len(statuses)
+        wait_for(lambda: len(statuses) > served + 20)
         stop.set()
         for thread in threads:
             thread.join()
-        assert set(statuses) == {200} and len(statuses) > 20
+        assert set(statuses) == {200}
         data = state(gateway.url)
         assert [worker["id"] for worker in data["workers"]] == [second.url]
         assert data["policy"] == "least_load" and at_rest(gateway.url)
@@ -399,7 +409,7 @@ def test_workers_come_and_go_under_load() -> None:
 
 def test_keys_limits_and_models() -> None:
     worker = fake()
-    with running([worker], "--api-key=one", "--api-key=two", "--rate-limit=0.2") as gateway:
+    with running([worker], "--api-key=one", "--api-key=two", "--rate-limit=0.01") as gateway:
         url = gateway.url
         assert call(url, CHAT, chat())[0] == 401
         assert call(url, CHAT, chat(), authorization="Bearer three")[0] == 401

@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import pytest
 from gateway_processes import (
+    SECONDS,
     Process,
     call,
     chat,
@@ -99,7 +100,7 @@ def statuses(url: str, data: bytes) -> list[int]:
     """Send bytes, end the sending side, read to the end; TimeoutError if the gateway hangs."""
     host, port = url.removeprefix("http://").split(":")
     answer = b""
-    with socket.create_connection((host, int(port)), timeout=10) as sock:
+    with socket.create_connection((host, int(port)), timeout=SECONDS) as sock:
         try:
             sock.sendall(data)
             sock.shutdown(socket.SHUT_WR)
@@ -150,7 +151,7 @@ def test_pipelined_requests_in_any_pieces_are_answered_in_order(
         expected.append({"bad": 400, "absent": 404}.get(kind, 200))
     host, port = gateway.url.removeprefix("http://").split(":")
     answer, edges = b"", sorted({0, len(data), *(cut % len(data) for cut in cuts)})
-    with socket.create_connection((host, int(port)), timeout=10) as sock:
+    with socket.create_connection((host, int(port)), timeout=SECONDS) as sock:
         for start, end in pairwise(edges):
             sock.sendall(data[start:end])
         while piece := sock.recv(65536):
@@ -238,7 +239,7 @@ def test_any_answer_of_a_worker(liar: tuple[Liar, Process], answer: bytes, strea
     body = json.dumps(chat(stream=stream)).encode()
     head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
     host, port = gateway.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as sock:
+    with socket.create_connection((host, int(port)), timeout=SECONDS) as sock:
         sock.sendall(head % len(body) + body)
         try:
             while sock.recv(65536):

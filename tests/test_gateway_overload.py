@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from gateway_processes import call, chat, fake, metric, nothing_left, running, wait_for
+from gateway_processes import SECONDS, call, chat, fake, metric, nothing_left, running, wait_for
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -42,12 +42,12 @@ def test_more_connections_than_the_usual_limit_of_open_files() -> None:
     worker = fake("hang")
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))  # inherited by the gateway
     try:
-        with running([worker], "--first-byte-timeout=60") as gateway:
+        with running([worker], "--first-byte-timeout=300") as gateway:
             resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1024), hard))
             body = json.dumps(chat()).encode()
             head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
             host, port = gateway.url.removeprefix("http://").split(":")
-            clients = [socket.create_connection((host, int(port)), timeout=10) for _ in range(300)]
+            clients = [socket.create_connection((host, int(port)), timeout=SECONDS) for _ in range(300)]
             for sock in clients:
                 sock.sendall(head + body)
             wait_for(lambda: metric(gateway.url, "kvist_active_requests") == 300)

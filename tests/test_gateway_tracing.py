@@ -12,7 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gateway_processes import Process, call, chat, engine, fake, metric, running, state, wait_for
+from gateway_processes import (
+    SECONDS,
+    Process,
+    call,
+    chat,
+    engine,
+    fake,
+    free_port,
+    metric,
+    running,
+    state,
+    wait_for,
+)
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 
@@ -99,7 +111,7 @@ def test_a_span_continues_the_clients_trace_and_is_passed_on() -> None:
         call(gateway.url, "/v1/chat/completions", chat("y"))
         passed = [headers for headers, _ in worker.requests]
         gateway.signal(signal.SIGTERM)
-        assert gateway.process.wait(20) == 0, "what is left is sent before the end"
+        assert gateway.process.wait(SECONDS) == 0, "what is left is sent before the end"
         first, second = spans(collector)
         assert first["trace"] == TRACE and first["parent"] == "b7ad6b7169203331"
         assert passed[0]["traceparent"] == f"00-{TRACE}-{first['span']}-01"
@@ -111,7 +123,7 @@ def test_a_span_continues_the_clients_trace_and_is_passed_on() -> None:
         assert first["kvist.outcome"] == "ok" and first["gen_ai.usage.output_tokens"] == 3
         assert (
             first["kvist.latency.predicted"] > 0
-            and 0 < first["seconds"] < 10
+            and 0 < first["seconds"] < SECONDS
             and first["events"] == ["worker"]
         )
         lines = [json.loads(line) for line in gateway.lines if '"request"' in line]
@@ -129,7 +141,7 @@ def test_failed_attempts_are_events_of_one_span() -> None:
         with running(workers, f"--otlp-traces-endpoint={collector.url}", "--retry-max-retries=1") as gateway:
             assert call(gateway.url, "/v1/chat/completions", chat("x"))[0] == 500
             gateway.signal(signal.SIGTERM)
-            gateway.process.wait(20)
+            gateway.process.wait(SECONDS)
         (span,) = spans(collector)
         assert span["events"] == ["worker", "worker"] and span["http.response.status_code"] == 500
         assert span["kvist.outcome"] == "failed"
@@ -171,10 +183,7 @@ def test_logged_requests_have_ids_that_worker_and_client_see_too() -> None:
 
 
 def test_metrics_on_a_port_of_their_own_need_no_key() -> None:
-    import socket
-
-    with socket.create_server(("127.0.0.1", 0)) as held:
-        port = held.getsockname()[1]
+    port = free_port()
     with running([fake()], "--api-key=secret", f"--prometheus-port={port}") as gateway:
         url = f"http://127.0.0.1:{port}"
         assert call(gateway.url, "/metrics")[0] == 401
@@ -212,7 +221,7 @@ def test_the_index_survives_a_restart(tmp_path: Path) -> None:
         assert call(gateway.url, "/v1/chat/completions", body)[0] == 200
         held = state(gateway.url)["workers"][0]["index_tokens"]
         gateway.signal(signal.SIGTERM)
-        assert gateway.process.wait(20) == 0
+        assert gateway.process.wait(SECONDS) == 0
         gateway = serve()
         assert state(gateway.url)["workers"][0]["index_tokens"] == held > 1000
         assert call(gateway.url, "/v1/chat/completions", body)[0] == 200
@@ -223,7 +232,7 @@ def test_the_index_survives_a_restart(tmp_path: Path) -> None:
                 [sys.executable, "-m", "kvist", "serve", "--port=0", *options, *more],
                 capture_output=True,
                 text=True,
-                timeout=60,
+                timeout=SECONDS,
             )
             assert done.returncode == 2 and "delete it to start afresh" in done.stderr
             (tmp_path / "learned.index").write_bytes(b"\xc1")

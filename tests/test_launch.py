@@ -17,19 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from gateway_processes import call, chat, metric, wait_for
+from gateway_processes import call, chat, free_port, metric, wait_for
 
 from kvist.cli import main
 from kvist.launch import machine
 from kvist.launch.plan import Wanted, make_plan, share_gpus
 
 FAKE = f"{sys.executable} {Path(__file__).with_name('fake_engine.py')}"
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 def alive(pid: int) -> bool:
@@ -74,7 +68,7 @@ class Launch:
         ]
 
     def wait(self, pattern: str, times: int = 1) -> list[str]:
-        wait_for(lambda: len(self.said(pattern)) >= times or self.process.poll() is not None, 60)
+        wait_for(lambda: len(self.said(pattern)) >= times or self.process.poll() is not None)
         found = self.said(pattern)
         assert len(found) >= times, "\n".join(self.lines)
         return found
@@ -84,8 +78,8 @@ class Launch:
         return [int(pid) for pid in self.said(r"started, process (\d+)") + self.said(r"helper (\d+)")]
 
     def ended(self) -> int:
-        code = self.process.wait(60)
-        self._reader.join(10)
+        code = self.process.wait(120)
+        self._reader.join(60)
         return code
 
 
@@ -110,9 +104,12 @@ def test_engines_start_answer_restart_and_stop() -> None:
         text = "the same words again and again " * 40
         for _ in range(3):
             assert call(launch.url, "/v1/chat/completions", chat(text, model="tiny"))[0] == 200
-        workers = json.loads(call(launch.url, "/workers")[1])["workers"]
-        assert sorted(worker["id"] for worker in workers) == sorted(urls)
-        assert {worker["knows"] for worker in workers} >= {"exact"}, "KV events arrive"
+
+        def workers() -> list[dict[str, str]]:
+            return list(json.loads(call(launch.url, "/workers")[1])["workers"])
+
+        assert sorted(worker["id"] for worker in workers()) == sorted(urls)
+        wait_for(lambda: "exact" in {worker["knows"] for worker in workers()})  # KV events arrive
         assert metric(launch.url, "kvist_cached_true_total") > 0
 
         victim, helper = (
@@ -141,19 +138,17 @@ def test_what_ignores_sigterm_is_killed_after_the_grace() -> None:
         start = time.monotonic()
         launch.process.send_signal(signal.SIGTERM)
         assert launch.ended() == 0
-        assert 0.9 < time.monotonic() - start < 20
+        assert time.monotonic() - start > 0.9
         assert not any(alive(pid) for pid in launch.pids())
 
 
 def test_a_second_signal_kills_at_once() -> None:
-    with launched("--grace=60", mode="stubborn") as launch:
+    with launched("--grace=3000", mode="stubborn") as launch:
         launch.wait(r"helper \d+")
-        start = time.monotonic()
         launch.process.send_signal(signal.SIGINT)
-        time.sleep(0.5)
+        launch.wait(r"\[launch\] stopping")
         launch.process.send_signal(signal.SIGINT)
         assert launch.ended() == 0
-        assert time.monotonic() - start < 30
         assert not any(alive(pid) for pid in launch.pids())
 
 
@@ -163,7 +158,7 @@ def test_a_killed_launcher_leaves_no_engine_behind() -> None:
         launch.wait(r"\[launch\] ready at")
         started = [int(pid) for pid in launch.said(r"started, process (\d+)")]
         launch.process.kill()
-        wait_for(lambda: not any(alive(pid) for pid in started), 40)
+        wait_for(lambda: not any(alive(pid) for pid in started))
 
 
 def test_an_engine_that_does_not_understand_its_options_ends_the_launch() -> None:

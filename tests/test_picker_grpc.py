@@ -18,6 +18,7 @@ pytest.importorskip("hpack")
 pytest.importorskip("grpc_health")
 
 import grpc
+from gateway_processes import SECONDS
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from test_picker_core import make
 
@@ -68,7 +69,7 @@ def served(make: Callable[[], asyncio.Protocol]) -> Iterator[tuple[int, asyncio.
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
-    server = asyncio.run_coroutine_threadsafe(loop.create_server(make, "127.0.0.1", 0), loop).result(10)
+    server = asyncio.run_coroutine_threadsafe(loop.create_server(make, "127.0.0.1", 0), loop).result(SECONDS)
     try:
         yield server.sockets[0].getsockname()[1], loop
     finally:
@@ -78,9 +79,9 @@ def served(make: Callable[[], asyncio.Protocol]) -> Iterator[tuple[int, asyncio.
             for task in asyncio.all_tasks(loop) - {asyncio.current_task(loop)}:
                 task.cancel()
 
-        asyncio.run_coroutine_threadsafe(stop(), loop).result(10)
+        asyncio.run_coroutine_threadsafe(stop(), loop).result(SECONDS)
         loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
+        thread.join(SECONDS)
         loop.close()
 
 
@@ -107,23 +108,23 @@ def bidi(channel: Any, path: str = "/test/Echo") -> Any:
 @pytest.mark.parametrize("sizes", [[0], [1, 0, 5], [100] * 50, [16_379, 16_384, 65_535, 65_536, 1 << 20]])
 def test_messages_come_back_whole(channel: Any, sizes: list[int]) -> None:
     messages = [bytes([i % 251]) * size for i, size in enumerate(sizes)]
-    assert list(bidi(channel)(iter(messages), timeout=30)) == messages
+    assert list(bidi(channel)(iter(messages), timeout=SECONDS)) == messages
 
 
 def test_many_calls_at_once(channel: Any) -> None:
-    calls = [bidi(channel)(iter([b"%d" % i, b"x" * 3000]), timeout=30) for i in range(200)]
+    calls = [bidi(channel)(iter([b"%d" % i, b"x" * 3000]), timeout=SECONDS) for i in range(200)]
     for i, call in enumerate(calls):
         assert list(call) == [b"%d" % i, b"x" * 3000]
 
 
 def test_an_unknown_method_and_an_oversized_message(channel: Any) -> None:
     with pytest.raises(grpc.RpcError) as error:
-        list(bidi(channel, "/test/Nothing")(iter([b"x"]), timeout=30))
+        list(bidi(channel, "/test/Nothing")(iter([b"x"]), timeout=SECONDS))
     assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED
     with pytest.raises(grpc.RpcError) as error:
-        list(bidi(channel)(iter([b"x" * (MAX_MESSAGE + 1)]), timeout=30))
+        list(bidi(channel)(iter([b"x" * (MAX_MESSAGE + 1)]), timeout=SECONDS))
     assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert list(bidi(channel)(iter([b"still there"]), timeout=30)) == [b"still there"]
+    assert list(bidi(channel)(iter([b"still there"]), timeout=SECONDS)) == [b"still there"]
 
 
 def test_a_cancelled_call_is_lost_once(channel: Any, echo: Any) -> None:
@@ -131,13 +132,13 @@ def test_a_cancelled_call_is_lost_once(channel: Any, echo: Any) -> None:
 
     def messages() -> Iterator[bytes]:
         yield b"x"
-        wait.wait(10)
+        wait.wait(SECONDS)
 
-    call = bidi(channel)(messages(), timeout=30)
+    call = bidi(channel)(messages(), timeout=SECONDS)
     assert next(call) == b"x"
     call.cancel()
     wait.set()
-    until = time.monotonic() + 10
+    until = time.monotonic() + SECONDS
     while Echo.seen != ["lost"]:
         assert time.monotonic() < until, Echo.seen
         time.sleep(0.01)
@@ -150,19 +151,23 @@ def test_going_away_lets_calls_end(channel: Any, echo: Any) -> None:
 
     def messages() -> Iterator[bytes]:
         yield b"first"
-        release.wait(10)
+        release.wait(SECONDS)
         yield b"second"
 
-    call = bidi(channel)(messages(), timeout=30)
+    call = bidi(channel)(messages(), timeout=SECONDS)
     assert next(call) == b"first"
     (connection,) = echo[1]
-    connection.transport.get_extra_info("socket")
-    loop = connection.transport._loop  # type: ignore[attr-defined]
-    loop.call_soon_threadsafe(connection.go_away)
-    time.sleep(0.1)
+    gone = threading.Event()
+
+    def go() -> None:
+        connection.go_away()
+        gone.set()
+
+    connection.transport._loop.call_soon_threadsafe(go)  # type: ignore[attr-defined]
+    assert gone.wait(SECONDS)
     release.set()
     assert list(call) == [b"second"]
-    until = time.monotonic() + 10
+    until = time.monotonic() + SECONDS
     while connection in echo[1]:
         assert time.monotonic() < until
         time.sleep(0.01)
@@ -187,14 +192,14 @@ def test_a_handler_that_breaks_ends_its_own_call_only() -> None:
         grpc.insecure_channel(f"127.0.0.1:{port}") as channel,
     ):
         with pytest.raises(grpc.RpcError) as error:
-            list(bidi(channel)(iter([b"break"]), timeout=10))
+            list(bidi(channel)(iter([b"break"]), timeout=SECONDS))
         assert error.value.code() is grpc.StatusCode.INTERNAL
         assert [str(e) for e in told] == ["a bug"] and Echo.seen == ["lost"]
         Echo.seen = []
-        assert list(bidi(channel)(iter([b"fine"]), timeout=10)) == [b"fine"]
+        assert list(bidi(channel)(iter([b"fine"]), timeout=SECONDS)) == [b"fine"]
         Echo.seen = ["break at the end"]
         with pytest.raises(grpc.RpcError) as error:
-            list(bidi(channel)(iter([b"x"]), timeout=10))
+            list(bidi(channel)(iter([b"x"]), timeout=SECONDS))
         assert error.value.code() is grpc.StatusCode.INTERNAL
 
 
@@ -386,14 +391,14 @@ def test_health_by_name_and_as_a_watch() -> None:
             ("readiness", states.NOT_SERVING),
             (SERVICE, states.NOT_SERVING),
         ):
-            assert stub.Check(ask(service=name), timeout=10).status == status
-        watch = stub.Watch(ask(service=SERVICE), timeout=20)
+            assert stub.Check(ask(service=name), timeout=SECONDS).status == status
+        watch = stub.Watch(ask(service=SERVICE), timeout=SECONDS)
         assert next(watch).status == states.NOT_SERVING
         loop.call_soon_threadsafe(services.set_ready, True)
         assert next(watch).status == states.SERVING
-        assert stub.Check(ask(service="inference-extension"), timeout=10).status == states.SERVING
+        assert stub.Check(ask(service="inference-extension"), timeout=SECONDS).status == states.SERVING
         with pytest.raises(grpc.RpcError) as error:
-            stub.Check(ask(service="nobody"), timeout=10)
+            stub.Check(ask(service="nobody"), timeout=SECONDS)
         assert error.value.code() is grpc.StatusCode.NOT_FOUND
         watch.cancel()
 
@@ -403,9 +408,9 @@ def test_a_malformed_message_ends_its_own_call_only() -> None:
     services = Services(picker)
     with served(services.protocol) as (port, _), grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         with pytest.raises(grpc.RpcError) as error:
-            list(bidi(channel, f"/{SERVICE}/Process")(iter([b"\xff\xff"]), timeout=10))
+            list(bidi(channel, f"/{SERVICE}/Process")(iter([b"\xff\xff"]), timeout=SECONDS))
         assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         with pytest.raises(grpc.RpcError) as error:
-            list(bidi(channel, "/grpc.health.v1.Health/Check")(iter([b"\xff\xff"]), timeout=10))
+            list(bidi(channel, "/grpc.health.v1.Health/Check")(iter([b"\xff\xff"]), timeout=SECONDS))
         assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert not services.open

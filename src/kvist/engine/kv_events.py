@@ -31,14 +31,18 @@ class Publisher:
         self._topic = topic.encode()
         self._context = zmq.Context()
         self._number = 0
+        self.events = 0  # that the cache has told of, published or about to be
+        self.subscriptions = 0  # that reached the socket: what is published from then on is heard
         self._kept: deque[tuple[int, bytes]] = deque(maxlen=KEPT)
         self._batch: list[CacheEvent] = []
-        self.socket = self._bind(zmq.PUB, endpoint)
+        self.socket = self._bind(zmq.XPUB, endpoint)
         self.replay = self._bind(zmq.ROUTER, replay) if replay else None
 
     def _bind(self, kind: int, endpoint: str) -> Any:
         socket = self._context.socket(kind)
         socket.linger = 0
+        if kind == self._zmq.XPUB:  # a PUB that tells of every subscription
+            socket.setsockopt(self._zmq.XPUB_VERBOSER, 1)
         try:
             socket.bind(endpoint)
         except self._zmq.ZMQError as error:
@@ -48,6 +52,7 @@ class Publisher:
     def add(self, event: CacheEvent) -> None:
         """Collect an event of the step under way."""
         self._batch.append(event)
+        self.events += 1
 
     def flush(self) -> None:
         """Publish what was collected as one batch; answer replay requests."""
@@ -59,6 +64,8 @@ class Publisher:
             self._number += 1
             self._kept.append((number, payload))
             self.socket.send_multipart((self._topic, number.to_bytes(8, "big"), payload))
+        while self.socket.poll(0):
+            self.subscriptions += 1 if self.socket.recv()[:1] == b"\x01" else -1
         self._serve_replays()
 
     def _serve_replays(self) -> None:

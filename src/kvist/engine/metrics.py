@@ -6,15 +6,17 @@ from collections.abc import Iterator
 from typing import Any
 
 from kvist.engine.driver import Driver
+from kvist.engine.kv_events import Publisher
 from kvist.http.histogram import SECONDS, SHORT, Histogram
 
 
 class EngineMetrics:
     """Times are modelled seconds."""
 
-    def __init__(self, driver: Driver, model: str) -> None:
+    def __init__(self, driver: Driver, model: str, publisher: Publisher | None = None) -> None:
         self.driver = driver
         self.model = model
+        self.publisher = publisher
         self.ttft = Histogram(SECONDS)
         self.itl = Histogram(SHORT)
         self.latency = Histogram(SECONDS)
@@ -63,6 +65,13 @@ class EngineMetrics:
             own = CounterMetricFamily(f"kvist:{name}", name.replace("_", " "), labels=["eviction"])
             own.add_metric([cache.eviction.name], number)
             yield own
+        if self.publisher is not None:
+            said = CounterMetricFamily("kvist:kv_events", "KV events, published or about to be", labels=label)
+            said.add_metric(value, self.publisher.events)
+            yield said
+            heard = GaugeMetricFamily("kvist:kv_event_subscriptions", "who hears of them", labels=label)
+            heard.add_metric(value, self.publisher.subscriptions)
+            yield heard
 
     def exposition(self) -> bytes:
         """The text that Prometheus scrapes."""

@@ -148,7 +148,7 @@ class EngineServer:
         self.model = model
         self.max_waiting = max_waiting
         self.publisher = publisher
-        self.metrics = EngineMetrics(driver, model)
+        self.metrics = EngineMetrics(driver, model, publisher)
         self.connections = Connections(self.handle, headers=(SERVER,))
         self._numbers = itertools.count()
         self._created = int(time.time())

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import random
 import shutil
 import socket
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+
+# Below those that systems give to outgoing connections: a port found free stays so until its server binds it.
+QUIET_PORTS = range(20_000, 32_000)
 
 
 def visible_gpus(environ: Mapping[str, str]) -> list[str]:
@@ -28,20 +33,25 @@ def visible_gpus(environ: Mapping[str, str]) -> list[str]:
 
 def take_ports(host: str, first: int, count: int) -> list[int]:
     """`count` ports from `first` on, or any free ones for 0. Raises ValueError for one that is taken."""
-    held, ports = [], []
+    held: list[socket.socket] = []
+    choice = range(first, first + count) if first else random.sample(QUIET_PORTS, len(QUIET_PORTS))
     try:
-        for i in range(count):
+        for port in choice:
+            if len(held) == count:
+                break
             one = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
             one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            held.append(one)
-            port = first + i if first else 0
             try:
                 one.bind((host, port))
             except (OSError, OverflowError) as error:
+                one.close()
                 reason = getattr(error, "strerror", None) or error
-                raise ValueError(f"--worker-port {first}: {host}:{port}: {reason}: choose another") from None
-            ports.append(one.getsockname()[1])
-        return ports
+                if first or getattr(error, "errno", None) != errno.EADDRINUSE:
+                    text = f"--worker-port {first}: {host}:{port}: {reason}: choose another"
+                    raise ValueError(text) from None
+            else:
+                held.append(one)
+        return [one.getsockname()[1] for one in held]
     finally:
         for one in held:
             one.close()

@@ -131,8 +131,16 @@ async def supervise(
     """
     loop = asyncio.get_running_loop()
     stop, hurry = asyncio.Event(), asyncio.Event()
+
+    def told() -> None:
+        if stop.is_set():
+            hurry.set()
+        else:
+            stop.set()
+            say("launch", "stopping; a second signal kills")
+
     for number in SIGNALS:
-        loop.add_signal_handler(number, lambda: hurry.set() if stop.is_set() else stop.set())
+        loop.add_signal_handler(number, told)
     engines = [Watched(command, times, environ, say) for command in plan.engines]
     gateway = Watched(plan.gateway, times, environ, say)
     tasks = [loop.create_task(engine.run()) for engine in engines]
