@@ -157,7 +157,7 @@ def test_sigterm_lets_requests_end_and_a_second_signal_does_not() -> None:
         assert one.process.wait(SECONDS) == 0
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     path=st.sampled_from(
         b"/v1/chat/completions /v1/completions /v1/responses /v1/embeddings /generate /tokenize".split()

