@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from random import Random
+from threading import Thread
 
 import pytest
 from gateway_processes import Process, call, chat, engine, metric, running, state, wait_for
@@ -12,6 +14,8 @@ from gateway_processes import Process, call, chat, engine, metric, running, stat
 from kvist.launch.machine import take_ports
 
 pytest.importorskip("zmq")
+
+CHAT = "/v1/chat/completions"
 
 
 @contextmanager
@@ -68,7 +72,7 @@ def test_estimates_are_what_the_engines_count() -> None:
             body = chat(
                 text, model="tiny", max_tokens=4, stream=i % 2 == 0, stream_options={"include_usage": True}
             )
-            status, _, _ = call(gateway.url, "/v1/chat/completions", body)
+            status, _, _ = call(gateway.url, CHAT, body)
             assert status == 200
             wait_for(lambda: metric(gateway.url, "kvist_kv_events_batches_total") > 0)
         recent = state(gateway.url)["recent"]
@@ -85,16 +89,40 @@ def test_estimates_are_what_the_engines_count() -> None:
             assert metric(gateway.url, f"kvist_kv_events_{name}_total") == 0, name
 
 
+def test_what_comes_at_once_is_known_before_the_engines_word() -> None:
+    """Equal prompts while the first is computed, and next turns that bring the answers along."""
+    with following(1) as (gateway, (worker,)):
+        talk = [{"role": "user", "content": "once upon a time " * 40}]
+        for turn in range(12):
+            body = {"messages": talk, "model": "tiny", "max_tokens": 5 + 3 * turn}
+            at_once = [Thread(target=call, args=(gateway.url, CHAT, body)) for _ in range(turn % 3)]
+            for thread in at_once:
+                thread.start()
+            status, said, _ = call(gateway.url, CHAT, body)
+            assert status == 200
+            for thread in at_once:
+                thread.join()
+            answer = json.loads(said)["choices"][0]["message"]
+            talk += [answer, {"role": "user", "content": f"and turn {turn}?"}]
+        entries = state(gateway.url)["recent"]
+        assert len(entries) == 24
+        assert all(entry["cached"] == entry["cached_true"] for entry in entries), entries
+        assert sum(entry["cached"] > 0 for entry in entries) == 23
+        settle(gateway, worker)
+        assert metric(gateway.url, "kvist_kv_events_expected_blocks_total", came="true") > 20
+        assert metric(gateway.url, "kvist_kv_events_expected_blocks_total", came="false") == 0
+
+
 def test_a_flushed_engine_is_believed_empty() -> None:
     with following(1) as (gateway, engines):
         body = chat("x" * 1000, model="tiny", max_tokens=1)
         for _ in range(2):
-            call(gateway.url, "/v1/chat/completions", body)
+            call(gateway.url, CHAT, body)
         wait_for(lambda: knows(gateway) == ["exact"])
         assert state(gateway.url)["recent"][-1]["cached"] > 100
         assert call(engines[0].url, "/flush_cache", b"")[0] == 200
         wait_for(lambda: state(gateway.url)["workers"][0]["index_tokens"] == 0)
-        call(gateway.url, "/v1/chat/completions", body)
+        call(gateway.url, CHAT, body)
         assert state(gateway.url)["recent"][-1]["cached"] == 0
 
 
@@ -103,7 +131,7 @@ def test_eviction_is_followed() -> None:
     with following(1, engine_options=("--kv-tokens=2000",)) as (gateway, (worker,)):
         for i in range(30):
             body = chat(f"{i % 11} " + "y" * 1200, model="tiny", max_tokens=1)
-            assert call(gateway.url, "/v1/chat/completions", body)[0] == 200
+            assert call(gateway.url, CHAT, body)[0] == 200
             settle(gateway, worker)
         entries = state(gateway.url)["recent"]
         held = state(gateway.url)["workers"][0]["index_tokens"]
@@ -116,7 +144,7 @@ def test_salted_prompts_do_not_match_others() -> None:
     with following(1) as (gateway, (worker,)):
         for salt in ("a", "a", "b", None, None):
             body = chat("z" * 1000, model="tiny", max_tokens=1, **({"cache_salt": salt} if salt else {}))
-            assert call(gateway.url, "/v1/chat/completions", body)[0] == 200
+            assert call(gateway.url, CHAT, body)[0] == 200
             settle(gateway, worker)
         assert knows(gateway) == ["exact"]
         cached = [(entry["cached"], entry["cached_true"]) for entry in state(gateway.url)["recent"]]
@@ -162,7 +190,7 @@ def test_a_gateway_that_comes_late_has_the_past_replayed() -> None:
     options = ("--tokenizer=embedded", f"--kv-events={live}", f"--kv-events-replay={replay}")
     with closing(blind), running([worker], *options) as gateway:
         for body in (new, old):
-            assert call(gateway.url, "/v1/chat/completions", body)[0] == 200
+            assert call(gateway.url, CHAT, body)[0] == 200
             wait_for(lambda: knows(gateway) == ["exact"])
         first, second = state(gateway.url)["recent"]
         assert (first["cached"], first["cached_true"]) == (0, 0)
@@ -175,7 +203,7 @@ def test_a_gateway_that_comes_late_has_the_past_replayed() -> None:
         wait_for(lambda: subscriptions(blind) == 1)
         missed = metric(blind.url, "kvist:kv_events_total")
         for body in (new, new):
-            assert call(gateway.url, "/v1/chat/completions", body)[0] == 200
+            assert call(gateway.url, CHAT, body)[0] == 200
             settle(gateway, blind, missed)
         assert knows(gateway) == ["partial"], "without a replay a part is all that is known"
         entry = state(gateway.url)["recent"][-1]
@@ -190,7 +218,7 @@ def test_an_engine_that_starts_again_is_empty() -> None:
     with running([first], "--tokenizer=embedded", f"--kv-events={live}", "--retry-max-retries=0") as gateway:
         wait_for(lambda: subscriptions(first) == 1)
         for _ in range(2):
-            assert call(gateway.url, "/v1/chat/completions", body)[0] == 200
+            assert call(gateway.url, CHAT, body)[0] == 200
         wait_for(lambda: knows(gateway) == ["exact"])
         assert state(gateway.url)["recent"][-1]["cached"] > 200
         first.process.kill()
@@ -200,10 +228,10 @@ def test_an_engine_that_starts_again_is_empty() -> None:
         try:
             wait_for(lambda: subscriptions(second) == 1)
             other = chat("something else " * 100, model="tiny", max_tokens=1)
-            assert call(gateway.url, "/v1/chat/completions", other)[0] == 200
+            assert call(gateway.url, CHAT, other)[0] == 200
             wait_for(lambda: knows(gateway) == ["exact"])
             assert metric(gateway.url, "kvist_kv_events_restarts_total") == 1
-            assert call(gateway.url, "/v1/chat/completions", body)[0] == 200
+            assert call(gateway.url, CHAT, body)[0] == 200
             entry = state(gateway.url)["recent"][-1]
             assert (entry["cached"], entry["cached_true"]) == (0, 0), "what the first one held is forgotten"
         finally:

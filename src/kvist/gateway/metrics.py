@@ -190,6 +190,14 @@ class Collector:
         ):
             rows = [(label, getattr(feed.counts, name)) for label, feed in feeds]
             yield family(Count, f"kv_events_{name}", text, labels, rows)
+        expected = knowledge.subscriptions.index.expected
+        yield family(
+            Count,
+            "kv_events_expected_blocks",
+            "Blocks that counted before the engine's word for them, by whether it came.",
+            ["came"],
+            [(("true",), expected.confirmed), (("false",), expected.expired)],
+        )
         yield family(
             Gauge,
             "kv_events_lag_seconds",

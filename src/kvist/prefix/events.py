@@ -4,53 +4,52 @@ An engine names a block by a hash of its own, opaque here. Own keys are chained 
 the salt: LoRA, cache salt, extra keys), so a prompt can be looked up without knowing the engine's hash; a
 removal carries only the engine's hash, so each worker keeps a map engine hash -> own key.
 
-Only blocks in GPU memory count as cached; the caller leaves other media out.
-
-Between a decision and the engine's word for it lie a queue and a prefill. Until then the index may expect the
-prompt's blocks where it was sent, so that a burst of equal prompts meets on one worker instead of being
-spread over all that do not hold it yet.
+Only blocks in GPU memory count as cached; the caller leaves other media out. What the engine has not told of
+yet may count beforehand (`kvist.prefix.expected`).
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Hashable, Sequence
 
 from kvist.model import TOKEN_BYTES, Query
-from kvist.prefix.hashing import block_keys
+from kvist.prefix.expected import Expected, Sent
+from kvist.prefix.hashing import block_keys, root_key
 from kvist.prefix.index import bits
+
+GRACE = 2.0  # an engine's word takes milliseconds, and longer where its host or this one is busy
 
 
 class EventIndex:
     """See `kvist.prefix.base.PrefixKnowledge`. Workers may use different block sizes.
 
-    expect: prompts a worker whose blocks count as held from `routed` on, until the engine stores or removes
-    them or as many newer prompts were routed there; 0: only the engines' word counts.
+    expect: prompts a worker that may count beforehand; 0: only the engines' word counts. grace: seconds after
+    an answer in which the engine's word for it must come.
     """
 
-    def __init__(self, *, unit: int = TOKEN_BYTES, expect: int = 0) -> None:
+    def __init__(self, *, unit: int = TOKEN_BYTES, expect: int = 0, grace: float = GRACE) -> None:
         self.unit = unit
-        self.expect = expect
+        self.expected = Expected(expect, grace)
         self.unknown_parents = 0  # stored events whose parent was never announced: dropped
         self._keys: dict[int, dict[Hashable, int]] = {}  # slot -> engine hash -> own key
         self._holders: dict[int, int] = {}  # own key -> mask of workers
         self._copies: dict[tuple[int, int], int] = {}  # (slot, key) held under more than one hash -> count
         self._block_size: dict[int, int] = {}
-        self._expected: dict[int, int] = {}  # own key -> mask of workers that will hold it
-        self._routed: dict[int, deque[list[int]]] = {}  # slot -> expected keys of each prompt, oldest first
+        self._walked: tuple[Query, int, list[int]] | None = None  # query, stride, keys: for `routed`
 
     def add_worker(self, slot: int, capacity: int) -> None:
         if slot in self._keys:
             self.cleared(slot)
         self._keys[slot] = {}
-        self._routed[slot] = deque()
+        self.expected.add_worker(slot)
 
     def set_capacity(self, slot: int, capacity: int) -> None:
         """Engines say themselves what they evict."""
 
     def remove_worker(self, slot: int) -> None:
         self.cleared(slot)
-        del self._keys[slot], self._routed[slot]
+        del self._keys[slot]
+        self.expected.remove_worker(slot)
         self._block_size.pop(slot, None)
 
     def cached_tokens(self, slot: int) -> int:
@@ -78,17 +77,20 @@ class EventIndex:
         if parent is not None and parent not in known:
             self.unknown_parents += 1
             return
+        if slot not in self._block_size:
+            self._block_size[slot] = block_size
+            for sent in self.expected.waiting(slot):
+                self._expect(sent)
         self._block_size[slot] = block_size
-        above = None if parent is None else known[parent]
+        above = root_key(salt) if parent is None else known[parent]
         bit = 1 << slot
         keys = block_keys(tokens, block_size * self.unit, salt, above)
+        self.expected.stored(slot, above, keys, tokens, block_size * self.unit)
         for name, key in zip(hashes, keys, strict=False):
             if name in known:
                 continue
             known[name] = key
             mask = self._holders.get(key, 0)
-            if self._expected:
-                self._met(slot, key)
             if mask & bit:
                 self._copies[slot, key] = self._copies.get((slot, key), 1) + 1
             else:
@@ -106,10 +108,10 @@ class EventIndex:
         for key in self._keys[slot].values():
             self._drop(slot, key)
         self._keys[slot].clear()
-        while self._routed[slot]:
-            self._stop_expecting(slot)
+        self.expected.clear(slot)
 
-    def match(self, query: Query, slots: int) -> list[int]:
+    def match(self, query: Query, slots: int, now: float = 0.0) -> list[int]:
+        self.expected.expire(now)
         cached = [0] * slots
         for size in set(self._block_size.values()):
             users = sum(1 << slot for slot, own in self._block_size.items() if own == size)
@@ -117,16 +119,22 @@ class EventIndex:
         return cached
 
     def _match(self, query: Query, holders: int, block_size: int, cached: list[int]) -> None:
+        masks, tips = self.expected.masks, self.expected.tips
+        keys = block_keys(query.prompt, block_size * self.unit, query.salt)
+        self._walked = (query, block_size, keys)
         depth = 0
-        expected = self._expected
-        for key in block_keys(query.prompt, block_size * self.unit, query.salt):
+        for key in keys:
             held = self._holders.get(key, 0)
-            if expected:
-                held |= expected.get(key, 0)
+            if masks:
+                held |= masks.get(key, 0)
             still = holders & held
             if still != holders:
                 for slot in bits(holders ^ still):
                     cached[slot] = depth
+                if tips:
+                    before = keys[depth // block_size - 1] if depth else root_key(query.salt)
+                    if before in tips:
+                        self._go_on(tips[before], holders ^ still, depth, query, cached)
                 holders = still
                 if not holders:
                     return
@@ -134,36 +142,39 @@ class EventIndex:
         for slot in bits(holders):
             cached[slot] = depth
 
-    def routed(self, query: Query, slot: int) -> None:
+    def _go_on(self, answers: list[Sent], slots: int, depth: int, query: Query, cached: list[int]) -> None:
+        """Those of `slots` that answered what comes before in the prompt hold that answer too."""
+        for sent in answers:
+            slot = sent.slot
+            if slots >> slot & 1 and query.prompt.startswith(sent.rest, depth * self.unit):
+                size = self._block_size[slot]
+                cached[slot] = max(cached[slot], min(sent.end, query.length) // size * size)
+
+    def routed(self, query: Query, slot: int, now: float = 0.0) -> None:
         """Engines will say themselves what they stored; until then it may be expected."""
-        if not self.expect or slot not in self._block_size:
-            return
-        bit = 1 << slot
-        keys = block_keys(query.prompt, self._block_size[slot] * self.unit, query.salt)
-        new = [key for key in keys if not (self._holders.get(key, 0) | self._expected.get(key, 0)) & bit]
-        if not new:
-            return
-        for key in new:
-            self._expected[key] = self._expected.get(key, 0) | bit
-        self._routed[slot].append(new)
-        if len(self._routed[slot]) > self.expect:
-            self._stop_expecting(slot)
+        if self.expected.most:
+            sent = self.expected.send(query, slot)
+            if slot in self._block_size:
+                self._expect(sent)
 
-    def _stop_expecting(self, slot: int) -> None:
-        for key in self._routed[slot].popleft():
-            self._met(slot, key)
+    def _expect(self, sent: Sent) -> None:
+        query, slot = sent.query, sent.slot
+        size, bit = self._block_size[slot], 1 << slot
+        if self._walked is not None and self._walked[:2] == (query, size):
+            keys = self._walked[2]
+        else:
+            keys = block_keys(query.prompt, size * self.unit, query.salt)
+        new = [key for key in keys if not self._holders.get(key, 0) & bit]
+        self.expected.begin(sent, size * self.unit, keys, new)
 
-    def _met(self, slot: int, key: int) -> None:
-        """What was expected has come, or will not."""
-        mask = self._expected.get(key, 0)
-        if mask & (1 << slot):
-            if mask == 1 << slot:
-                del self._expected[key]
-            else:
-                self._expected[key] = mask & ~(1 << slot)
+    def answered(
+        self, query: Query, slot: int, expected: int, cached: int | None, output: int = 0, now: float = 0.0
+    ) -> None:
+        """Engines have said themselves what they hold, or will at once."""
+        self.expected.answered(query, slot, output, now)
 
-    def answered(self, query: Query, slot: int, expected: int, cached: int | None) -> None:
-        """Engines have said themselves what they hold."""
+    def dropped(self, query: Query, slot: int, now: float = 0.0) -> None:
+        self.expected.dropped(query, slot)
 
     def _drop(self, slot: int, key: int) -> None:
         copies = self._copies.get((slot, key), 1)

@@ -84,7 +84,7 @@ class PrefixIndex:
     def cached_tokens(self, slot: int) -> int:
         return self._held[slot] * self.block_size
 
-    def match(self, query: Query, slots: int) -> list[int]:
+    def match(self, query: Query, slots: int, now: float = 0.0) -> list[int]:
         cached = [0] * slots
         walk = self.tree.walk(query.prompt, query.salt)
         self._walked = (query, walk)
@@ -108,7 +108,7 @@ class PrefixIndex:
             holders ^= low
         return cached
 
-    def routed(self, query: Query, slot: int) -> None:
+    def routed(self, query: Query, slot: int, now: float = 0.0) -> None:
         """Hold the prompt's whole blocks for the worker and make them its most recently used."""
         tree, prompt = self.tree, query.prompt
         lru, bit = self._lru[slot], 1 << slot
@@ -137,7 +137,9 @@ class PrefixIndex:
         while self._held[slot] > self._limit[slot] and lru:
             self._forget(next(iter(lru)), slot)
 
-    def answered(self, query: Query, slot: int, expected: int, cached: int | None) -> None:
+    def answered(
+        self, query: Query, slot: int, expected: int, cached: int | None, output: int = 0, now: float = 0.0
+    ) -> None:
         """Use the truth: what was expected and the engine no longer had, its extensions are gone too.
 
         The prompt itself was just cached again, so only what branches off it is forgotten, between `cached`
@@ -162,6 +164,9 @@ class PrefixIndex:
             for child in list(node.children.values()):
                 if child is not after and child.state & bit:
                     self._forget_below(child, slot)
+
+    def dropped(self, query: Query, slot: int, now: float = 0.0) -> None:
+        """It may be cached all the same; the next answer tells."""
 
     def _forget_below(self, node: Node, slot: int) -> None:
         bit = 1 << slot

@@ -87,7 +87,7 @@ class Router:
             raise NoWorker("no worker to route to")
         policy = self.policy
         if policy.needs_index:
-            cached = self.index.match(query, self._slots)
+            cached = self.index.match(query, self._slots, now)
             if 0 < policy.shortlist < len(candidates):
                 candidates = shortlist(candidates, cached, policy.shortlist, policy.rng)
             length = query.length
@@ -107,7 +107,7 @@ class Router:
         worker.pending_prefill += query.length - decision.cached
         policy.dispatched(ticket, now)
         if policy.needs_index:
-            self.index.routed(query, worker.slot)
+            self.index.routed(query, worker.slot, now)
             worker.cached_tokens = self.index.cached_tokens(worker.slot)
         return ticket
 
@@ -136,8 +136,16 @@ class Router:
         worker.in_flight -= 1
         worker.in_flight_tokens -= query.length
         ticket.policy.completed(ticket, outcome, now)
-        if outcome.status is Status.OK and worker.slot >= 0 and ticket.policy.needs_index:
-            self.index.answered(query, worker.slot, ticket.decision.cached, outcome.cached_tokens)
+        if worker.slot < 0 or not ticket.policy.needs_index:
+            return
+        if outcome.status is Status.OK:
+            cached = outcome.cached_tokens
+            output = 0 if cached is None else outcome.output_tokens  # else it is an estimate
+            self.index.answered(query, worker.slot, ticket.decision.cached, cached, output, now)
+        elif ticket.first_token_at is None:
+            self.index.dropped(query, worker.slot, now)
+        else:
+            self.index.answered(query, worker.slot, 0, None, 0, now)
 
     def _refresh(self) -> None:
         self._open = [c for c in self._workers.values() if not c.worker.draining]

@@ -1,7 +1,8 @@
 """What the gateway believes of all caches: the engines' word where it is complete, else its own index.
 
 For each worker, while its KV events are
-    exact (everything since its cache was empty has been seen): the events alone count;
+    exact (everything since its cache was empty has been seen): the events alone count, and what they are
+        about to say;
     partial (joined late, or a gap that no replay filled): the longer of events and own index;
     silent (nothing heard yet, or the connection is lost): the own index alone.
 The own index learns from decisions and from `usage` at all times, so that it is ready when events fail.
@@ -50,11 +51,11 @@ class BelievedIndex:
         """The engine is a new one and holds nothing."""
         self.own.forget(slot)
 
-    def match(self, query: Query, slots: int) -> list[int]:
-        said = self.events.match(query, slots)
+    def match(self, query: Query, slots: int, now: float = 0.0) -> list[int]:
+        said = self.events.match(query, slots, now)
         states = {slot: self.state(slot) for slot in self._slots}
         if any(state is not State.EXACT for state in states.values()):
-            own = self.own.match(query, slots)
+            own = self.own.match(query, slots, now)
             for slot, state in states.items():
                 if state is State.SILENT:
                     said[slot] = own[slot]
@@ -65,12 +66,19 @@ class BelievedIndex:
                 said[slot] = max(said[slot] - (self.events.block_size(slot) or self.own.block_size), 0)
         return said
 
-    def routed(self, query: Query, slot: int) -> None:
-        self.own.routed(query, slot)
-        self.events.routed(query, slot)
+    def routed(self, query: Query, slot: int, now: float = 0.0) -> None:
+        self.own.routed(query, slot, now)
+        self.events.routed(query, slot, now)
 
-    def answered(self, query: Query, slot: int, expected: int, cached: int | None) -> None:
-        self.own.answered(query, slot, expected, cached)
+    def answered(
+        self, query: Query, slot: int, expected: int, cached: int | None, output: int = 0, now: float = 0.0
+    ) -> None:
+        self.own.answered(query, slot, expected, cached, output, now)
+        self.events.answered(query, slot, expected, cached, output, now)
+
+    def dropped(self, query: Query, slot: int, now: float = 0.0) -> None:
+        self.own.dropped(query, slot, now)
+        self.events.dropped(query, slot, now)
 
     def cached_tokens(self, slot: int) -> int:
         index = self.own if self.state(slot) is State.SILENT else self.events

@@ -62,6 +62,7 @@ class _SameEvents:
         self.match = index.match
         self.routed = index.routed
         self.answered = index.answered
+        self.dropped = index.dropped
         self.cached_tokens = index.cached_tokens
 
     def add_worker(self, slot: int, capacity: int) -> None:
