@@ -19,7 +19,6 @@ from unittest.mock import patch
 from kvist.engine.order import ORDERS
 from kvist.routesuite import FLEETS, Point, Unit, run_unit
 from kvist.routing.lbgr import policy, queue, worker
-from kvist.routing.lbgr.pool import Pool
 
 WORKLOADS = (
     "gsp:prompts=12",
@@ -41,10 +40,6 @@ ABLATIONS: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
     "congestion price": ({"congestion": 0.0}, lambda: patch.object(policy, "VERSION", policy.VERSION)),
     "first tokens bound the queue's drain": ({}, lambda: patch.object(queue.PrefillQueue, "look", decaying)),
     "quadratic term": ({}, lambda: patch.object(policy, "CONTEXT", 0.0)),
-    "workers learn from each other": (
-        {},
-        lambda: patch.object(Pool, "draw", lambda self, name: self._values[name][0]),
-    ),
     "drift factor": ({}, lambda: patch.object(worker, "FAST", 0.0)),
     "trying workers again": ({}, lambda: patch.object(worker.Worker, "patience", property(_never, _ignore))),
     "near equals: work, emptiest cache": ({}, lambda: patch.multiple(policy, CLOSE=0.0, CLOSE_SECONDS=0.0)),

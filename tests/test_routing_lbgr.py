@@ -14,7 +14,6 @@ from kvist.model import Query, pack
 from kvist.routing import Outcome, Router, Status, Ticket, make_policy
 from kvist.routing.lbgr import LBGR
 from kvist.routing.lbgr.output import OutputLengths
-from kvist.routing.lbgr.pool import Pool
 from kvist.routing.lbgr.price import delayed
 from kvist.routing.lbgr.queue import STEP, PrefillQueue, prefill_work
 
@@ -108,6 +107,8 @@ def test_a_stalled_worker_keeps_its_queue_and_is_overdue() -> None:
     left, late = queue.look(100.0, 1e-4)
     assert left == 16000.0
     assert late == pytest.approx(100.0 - 0.4)
+    assert queue.look(100.0, 1e-4, 2.0)[1] == pytest.approx(100.0 - 2.4), "a first token takes 2 s more"
+    assert queue.look(1.0, 1e-4, 2.0) == (16000.0, 0.0)
     queue.streams = 0.0  # it never tells of first tokens: the pace is all there is
     assert queue.look(100.0, 1e-4) == (0.0, 0.0)
 
@@ -116,50 +117,17 @@ def test_several_prompts_fit_one_step() -> None:
     queue = PrefillQueue(0.0)
     for key in range(10):
         queue.add(key, 400.0, 0.0)
-    assert queue.look(1.0, 1e-4)[0] == pytest.approx(4000 - STEP)
+    assert queue.look(0.5, 1e-4)[0] == pytest.approx(4000 - STEP)
+    queue = PrefillQueue(0.0)
+    for key in range(3):
+        queue.add(key, 400.0, 0.0)
+    assert queue.look(1.0, 1e-4) == (0.0, pytest.approx(1.0 - 0.12)), "one step for all, and that is over"
 
 
 def test_work_has_the_quadratic_term_of_attention() -> None:
     assert prefill_work(0, 1000) == pytest.approx(1020)
     assert prefill_work(10_000, 1000) == pytest.approx(1420)
     assert prefill_work(0, 100_000) == pytest.approx(300_000)
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(0, 5), st.floats(0.1, 10), st.floats(0.01, 1), st.booleans()), max_size=60)
-)
-def test_a_pool_draws_by_the_definition(changes: list[tuple[int, float, float, bool]]) -> None:
-    pool, known = Pool(2), {}
-    for worker, value, chance, drop in changes:
-        if drop:
-            pool.drop(worker)
-            known.pop(worker, None)
-        else:
-            pool.set(worker, (value, 3 - value), chance)
-            known[worker] = (value, chance)
-    assert len(pool) == len(known)
-    if len(known) < 2:
-        return
-    assert pool.mean()[0] == pytest.approx(sum(value for value, _ in known.values()) / len(known))
-    total = sum(1 / chance for _, chance in known.values())
-    mean = sum(value / chance for value, chance in known.values()) / total
-    for worker, (value, chance) in known.items():
-        if abs(value - mean) < 1e-3:
-            continue
-        drawn = mean + max(1 - chance / (value - mean) ** 2, 0) * (value - mean)
-        assert pool.draw(worker) == pytest.approx((drawn, 3 - drawn), abs=1e-5)
-
-
-def test_equals_learn_from_each_other_and_others_stand_for_themselves() -> None:
-    alike, mixed = Pool(1), Pool(1)
-    for i in range(4):
-        alike.set(i, (1.0 + 0.1 * (-1) ** i,), 0.02)
-        mixed.set(i, (1.0 if i < 2 else 7.0,), 0.02)
-    assert alike.draw(0) == pytest.approx((1.0,), abs=0.02)
-    assert mixed.draw(3) == pytest.approx((7.0,), abs=0.05)
-    mixed.set(3, (6.5,), 100.0)  # hardly known
-    assert 1.0 < mixed.draw(3)[0] < 5.0
 
 
 @settings(max_examples=100, deadline=None)

@@ -38,6 +38,13 @@ GENERATED = (
     "loogle:documents=200",
     "gsp:prompts=12,output=128",
 )
+DECODING = (  # short uncached work and long answers, for the mixed fleets
+    "sharegpt:clients=300,message=128,output=64",
+    "sharegpt:clients=300,message=256,output=200",
+    "gsp:groups=400,prompts=4,shared=0.2,lengths=256/512/1024,output=64",
+    "gsp:groups=20,prompts=75,shared=0.93,lengths=4096/6000,output=120",
+    "rag:requests=1500",
+)
 HELD_OUT_GENERATED = (
     "ultrachat:clients=300,message=512,output=64",
     "gsp:groups=300,prompts=5,shared=0.8,lengths=2048/6000,output=32",
@@ -49,7 +56,9 @@ HELD_OUT_TRACES = {
     "azure2023_conv.csv": "trace:{}:limit=1500",
 }
 
-L40, L40S, H100, A100 = (f"llama-3.1-8b-{gpu}" for gpu in ("l40", "l40s", "h100", "a100-80g"))
+L40, L40S, RTX4090, A100, H100, H200 = (
+    f"llama-3.1-8b-{gpu}" for gpu in ("l40", "l40s", "rtx4090", "a100-80g", "h100", "h200")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +84,11 @@ FLEETS = (
     Fleet("4 L40, one 4x slow for a third", (L40,) * 4, slow=4.0),
     Fleet("8 of three kinds", (L40, L40, L40S, L40S, A100, A100, H100, H100), held_out=True),
     Fleet("4 H100, one 3x slow for a third", (H100,) * 4, slow=3.0, held_out=True),
+)
+MIXED = (
+    Fleet("8 of four speeds", (RTX4090, RTX4090, L40, L40, A100, A100, H200, H200)),
+    Fleet("1 H100 + 5 L40", (H100, *(L40,) * 5)),
+    Fleet("6 A100, one 3x slow for a third", (A100,) * 6, slow=3.0),
 )
 
 
@@ -111,7 +125,7 @@ def workloads(traces: Path | None, *, held_out: bool = False) -> list[str]:
 
 def points(traces: Path | None, loads: Sequence[float] = LOADS) -> list[Point]:
     """All points. Those held out have a held-out workload, on a plain fleet and on the held-out ones."""
-    found = []
+    found = [Point(workload, fleet, load) for workload in DECODING for fleet in MIXED for load in loads]
     for held_out in (False, True):
         for workload in workloads(traces, held_out=held_out):
             for fleet in FLEETS:

@@ -15,7 +15,8 @@ class RecursiveLeastSquares:
     """y ~ theta . x for a few features, in plain Python (a numpy call costs more than the 4 x 4 arithmetic).
 
     prior: theta before any observation. spread: standard deviation of each coefficient's prior, in units of
-    the observation noise. forgetting: weight of the past per observation. bounds: each coefficient is kept
+    the observation noise; together: the same of a factor that all have in common, as parts of the prior.
+    forgetting: weight of the past per observation. bounds: each coefficient is kept
     inside its own; none may be below 0. Non-finite observations are ignored; outliers are clipped; the
     covariance never grows above its start, so a quiet direction does not blow up under forgetting.
     """
@@ -26,6 +27,7 @@ class RecursiveLeastSquares:
         spread: Sequence[float],
         bounds: Sequence[tuple[float, float]],
         forgetting: float,
+        together: float = 0.0,
     ) -> None:
         if not 0 < forgetting <= 1:
             raise ValueError(f"forgetting must lie in (0, 1], not {forgetting}")
@@ -34,9 +36,12 @@ class RecursiveLeastSquares:
         self.forgetting = forgetting
         self.observations = 0
         self.error = 0.0  # running mean of |residual|, the usual error
-        self._start = [s * s for s in spread]
-        n = len(self.theta)
-        self.covariance = [[self._start[i] if i == j else 0.0 for j in range(n)] for i in range(n)]
+        common = [together * t for t in prior]
+        self.covariance = [
+            [a * b + (spread[i] ** 2 if i == j else 0.0) for j, b in enumerate(common)]
+            for i, a in enumerate(common)
+        ]
+        self._start = [row[i] for i, row in enumerate(self.covariance)]
 
     def predict(self, x: Sequence[float]) -> float:
         return float(sum(map(mul, self.theta, x)))

@@ -25,12 +25,10 @@ from kvist.routing.base import Candidate, Decision, Outcome, RoutingPolicy, Stat
 from kvist.routing.lbgr.output import OutputLengths
 from kvist.routing.lbgr.price import delayed
 from kvist.routing.lbgr.queue import CONTEXT
-from kvist.routing.lbgr.worker import BOUNDS, PRIOR, SPREAD, Fleet, Worker
-from kvist.routing.rls import RecursiveLeastSquares
+from kvist.routing.lbgr.worker import Fleet, Worker, fresh_model
 
 OBJECTIVES = {"ttft": "time to first token", "latency": "latency", "slo": "work within the target"}
 DECODERS = 0.5  # of a prefill's time is lost to each sequence that decodes beside it, for `latency`
-CROWD = 6.0  # a sequence delays all that come while it decodes: so many times what it waits for the others
 CLOSE, CLOSE_SECONDS = 0.05, 0.0025  # predictions that differ by less say nothing
 VERSION = 2
 
@@ -73,24 +71,21 @@ class LBGR(RoutingPolicy):
         self.slo_ttft = slo_ttft
         self._plain = f"smallest predicted {OBJECTIVES[objective]}"
         self._priced = f"{self._plain} + price for delaying others"
-        self._model()  # a wrong `forgetting` shows now
+        fresh_model(forgetting)  # a wrong `forgetting` shows now
         self._fleet = Fleet()
         self._workers = self._fleet.workers
         self._outputs = OutputLengths()
         self._restored: dict[str, dict[str, object]] = {}
 
-    def _model(self) -> RecursiveLeastSquares:
-        return RecursiveLeastSquares(PRIOR, SPREAD, BOUNDS, self.forgetting)
-
     def worker_added(self, worker: WorkerState, now: float) -> None:
         own = self._workers.get(worker.id)
         if own is None or own.state is not worker:
-            model = self._model()
+            model = fresh_model(self.forgetting)
             model.theta = self._fleet.typical()
             own = Worker(worker, model, now)
             self._fleet.add(own)
         if worker.id in self._restored:
-            own.model = self._model()
+            own.model = fresh_model(self.forgetting)
             own.model.load(self._restored.pop(worker.id))
             self._fleet.heard(own)
 
@@ -101,7 +96,7 @@ class LBGR(RoutingPolicy):
         fleet, workers, length = self._fleet, self._workers, query.length
         usual, answers = fleet.mean_work, fleet.answers
         output = self._outputs.expect(query)
-        usual_tpot = fleet.tpot()
+        usual_tpot = fleet.tpot
         stalls = DECODERS if self.objective == "latency" else 0.0
         firsts, ends, works, features, tolls, waits = [], [], [], [], [], []
         ideal, rate = inf, 0.0
@@ -117,7 +112,7 @@ class LBGR(RoutingPolicy):
             base, per_work, per_cached, per_decode, per_over = used
             factor = exp(drift) if drift else 1.0
             pace = per_work * factor / 1000
-            queue, late = own.queue.look(now, pace) if waiting else (0.0, 0.0)
+            queue, late = own.queue.look(now, pace, factor * base) if waiting else (0.0, 0.0)
             if state.load_elsewhere:
                 queue += 1000 * state.load_elsewhere
             over = 0.0
@@ -130,10 +125,11 @@ class LBGR(RoutingPolicy):
                 base + per_work * ahead + per_cached * held + per_decode * crowd + per_over * over
             )
             firsts.append(first)
-            ends.append(first + (output - 1) * (own.tpot_used if own.tpots else usual_tpot))
+            ends.append(first + (output - 1) * (own.tpot if own.tpots else usual_tpot))
             works.append(work)
             features.append((1.0, ahead, held, crowd, over))
-            tolls.append(CROWD * factor * per_decode * crowd + stalls * pace * decoding * work)
+            # Those decoding delay this one; by Little's law this one will delay others by as much.
+            tolls.append(factor * per_decode * crowd + stalls * pace * decoding * work)
             waits.append(pace * (queue + usual) + late)
             rate += 1 / pace
             if pace < ideal:
@@ -277,7 +273,7 @@ class LBGR(RoutingPolicy):
             if not isinstance(dump, dict):
                 raise ValueError(f"{worker_id}: an object with theta, covariance, … expected")
             try:
-                self._model().load(dump)
+                fresh_model(self.forgetting).load(dump)
             except ValueError as error:
                 raise ValueError(f"{worker_id}.{error}") from None
         for worker_id, dump in workers.items():

@@ -41,16 +41,20 @@ class PrefillQueue:
         self._work[key] = work
         self.total += work
 
-    def look(self, now: float, pace: float) -> tuple[float, float]:
-        """(work that is left, seconds by which the first token in front is overdue)."""
+    def look(self, now: float, pace: float, base: float = 0.0) -> tuple[float, float]:
+        """(work that is left, seconds by which the first token in front is overdue).
+
+        base: seconds that a first token takes whatever the work.
+        """
         if not self._work:
             return 0.0, 0.0
-        done = self._credit + max(now - self._since, 0.0) / pace
+        waited = max(now - self._since, 0.0)
+        done = self._credit + waited / pace
         late = 0.0
         if self.streams >= 0.5:
-            most = self._most()
+            most = min(self._most(), self.total)
             if done > most:
-                late = (done - most) * pace
+                late = max(waited - base - (most - self._credit) * pace, 0.0)
                 done = most
         return max(self.total - done, 0.0), late
 

@@ -1,9 +1,8 @@
 """What LBGR knows of one worker, and what the fleet knows together.
 
 The time to first token is linear in features that the router knows exactly; coefficients are learned by
-recursive least squares on relative errors (a tenth off is as bad at 0.1 s as at 10 s) and drawn towards the
-fleet's (`pool`). On top, a fast factor follows actual over predicted, for a worker that is throttled or
-recovers.
+recursive least squares on relative errors (a tenth off is as bad at 0.1 s as at 10 s). On top, a fast factor
+follows actual over predicted, for a worker that is throttled or recovers.
 """
 
 from __future__ import annotations
@@ -12,15 +11,16 @@ from collections.abc import Sequence
 from math import exp, inf, isfinite, log
 
 from kvist.model import WorkerState
-from kvist.routing.lbgr.pool import Pool
 from kvist.routing.lbgr.queue import PrefillQueue
 from kvist.routing.rls import RecursiveLeastSquares
 
 # Features: 1; work ahead and own, in 1000 tokens; cached tokens, in 1000; sequences decoding, in 10; tokens
 # beyond the KV capacity, in 1000. An 8B model needs about 0.02 s per 1000 tokens of work on an H100 and
-# 0.14 s on an L40; the first answers settle which it is. SPREAD is in units of the relative error.
+# 0.14 s on an L40; the first answers settle which it is. TOGETHER and SPREAD are in units of the relative
+# error: workers differ by a common factor above all, and each coefficient by some more.
 PRIOR = (0.02, 0.08, 0.001, 0.002, 0.02)
-SPREAD = (0.3, 1.0, 0.02, 0.05, 0.3)
+TOGETHER = 4.0
+SPREAD = (0.04, 0.16, 0.02, 0.01, 0.3)
 BOUNDS = ((0.0, inf), (1e-5, inf), (0.0, inf), (0.0, inf), (0.0, inf))
 PACE, CACHED = 1, 2  # coefficients: seconds of 1000 tokens of work, and of 1000 cached tokens
 FLOOR = 0.02  # seconds that are added to both before predicted and actual are compared
@@ -32,16 +32,13 @@ STALE = 50  # answers of a mean worker, after which one that got nothing is trie
 MOST_PATIENCE = 100 * STALE
 DECODE_GAIN = 0.02
 RATE, BURST = 50.0, 100.0  # answers of a worker learned from, a second and at once; more tell no more
-TOGETHER = 12  # requests that decode at the same time see the same load: so many tell as much as one
 
 Coefficients = tuple[float, ...]
 
 
-def _first(vector: Sequence[float], k: int) -> list[float]:
-    """The vector with its first number and number k changed over; twice is as before."""
-    changed = list(vector)
-    changed[0], changed[k] = changed[k], changed[0]
-    return changed
+def fresh_model(forgetting: float) -> RecursiveLeastSquares:
+    """Of a worker that was not heard of yet. Raises ValueError for a wrong `forgetting`."""
+    return RecursiveLeastSquares(PRIOR, SPREAD, BOUNDS, forgetting, TOGETHER)
 
 
 class Worker:
@@ -57,8 +54,6 @@ class Worker:
         "room_at",
         "state",
         "tpot",
-        "tpot_used",
-        "tpot_variance",
         "tpots",
         "used",
     )
@@ -71,7 +66,7 @@ class Worker:
         self.drift = 0.0  # log of actual over predicted, of late
         self.at = now  # of the last observation
         self.held = 0.0  # KV tokens of the requests in flight: prompts without what was cached, and outputs
-        self.tpot = self.tpot_used = self.tpot_variance = 0.0  # seconds a further output token
+        self.tpot = 0.0  # seconds a further output token
         self.tpots = 0
         self.learned = 0  # the fleet's answers when this worker last gave one
         self.patience = 0  # answers of the fleet after which it is tried again, if idle
@@ -108,7 +103,7 @@ class Worker:
 
     def start_over(self, factor: float) -> None:
         """The worker is not what it was: scale the model and be as unsure as at the start."""
-        fresh = RecursiveLeastSquares(PRIOR, SPREAD, BOUNDS, self.model.forgetting)
+        fresh = fresh_model(self.model.forgetting)
         fresh.theta = [max(t * factor, low) for t, (low, _) in zip(self.model.theta, BOUNDS, strict=True)]
         fresh.observations, fresh.error = self.model.observations, self.model.error
         self.model, self.drift = fresh, 0.0
@@ -121,8 +116,6 @@ class Worker:
         gain = max(DECODE_GAIN, 1 / self.tpots)
         off = (min(seconds, 10 * self.tpot) if self.tpots > 1 else seconds) - self.tpot
         self.tpot += gain * off
-        if self.tpots > 1:
-            self.tpot_variance += gain * ((1 - gain) * off * off - self.tpot_variance)
 
 
 class Fleet:
@@ -130,8 +123,7 @@ class Fleet:
         self.workers: dict[str, Worker] = {}
         self.answers = 0
         self.mean_work = 1000.0  # of a request, in tokens
-        self._models = Pool(len(PRIOR))
-        self._decodes = Pool(1)
+        self.tpot = 0.0  # seconds a further output token, of a worker that has not decoded yet
         self._fastest: Worker | None = None
 
     def add(self, own: Worker) -> None:
@@ -142,25 +134,17 @@ class Fleet:
 
     def remove(self, worker_id: str) -> None:
         gone = self.workers.pop(worker_id, None)
-        self._models.drop(worker_id)
-        self._decodes.drop(worker_id)
         if gone is self._fastest:
             self._fastest = None
 
     def typical(self) -> list[float]:
         """Coefficients for a worker that joins: the mean of those known."""
-        return _first(self._models.mean(), PACE) if len(self._models) else list(PRIOR)
+        known = [own.model.theta for own in self.workers.values() if own.model.observations]
+        return [sum(each) / len(known) for each in zip(*known, strict=True)] if known else list(PRIOR)
 
     def heard(self, own: Worker) -> None:
         """The worker's model has changed: set what it predicts with."""
-        model = own.model
-        own.used = tuple(model.theta)
-        if not model.observations:
-            return
-        noise = (1.25 * model.error) ** 2  # from the mean absolute error to the variance
-        chance = noise * model.covariance[PACE][PACE]
-        self._models.set(own.state.id, _first(own.used, PACE), chance)
-        used = _first(self._models.draw(own.state.id), PACE)
+        used = list(own.model.theta)
         used[CACHED] = min(used[CACHED], 0.5 * used[PACE])  # whatever the noise says
         own.used = tuple(used)
         if self._fastest is own:
@@ -177,20 +161,9 @@ class Fleet:
         return best.used, best.drift
 
     def decoded(self, own: Worker, seconds: float) -> None:
-        """The time of one further output token on this worker.
-
-        It rises and falls with the load that the router gives; what counts is how workers differ beyond that.
-        """
+        """The time of one further output token on this worker."""
         own.decoded(seconds)
-        if own.tpots:
-            few = max(DECODE_GAIN / 2, 1 / own.tpots)
-            chance = own.tpot_variance * min(1.0, TOGETHER * few) if own.tpots > 1 else own.tpot**2
-            self._decodes.set(own.state.id, (own.tpot,), chance)
-            (own.tpot_used,) = self._decodes.draw(own.state.id)
-
-    def tpot(self) -> float:
-        """For a worker that has not decoded yet."""
-        return self._decodes.mean()[0] if len(self._decodes) else 0.0
+        self.tpot += max(DECODE_GAIN, 1 / (self.answers + 1)) * (own.tpot - self.tpot)
 
     def passed(self, own: Worker) -> None:
         """An answer came that is not learned from."""
