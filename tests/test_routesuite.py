@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvist.report.routesuite import body, tables, write
+from kvist.report.routesuite import body, tables, verdict, write
 from kvist.routesuite import FLEETS, Fleet, Line, Point, capacity, points, run, standings
 
 WORKLOAD = "gsp:groups=8,prompts=8,lengths=512/1024"
@@ -38,25 +38,49 @@ def test_a_slow_worker_is_slow_in_the_middle_third() -> None:
     assert specs[0].paces == ((30.0, 4.0), (60.0, 1.0)) and not any(spec.paces for spec in specs[1:])
 
 
-def test_standings_by_hand() -> None:
-    def line(load: float, ours: float, theirs: float, other: float) -> Line:
-        value = {"lbgr": ours, "lmetric": theirs, "preble": other, "clairvoyant": 1.0}
-        zero = dict.fromkeys(value, 0.0)
-        return Line("w", "f", load, False, value, value, zero, zero, zero)
+def line(load: float, **seconds: tuple[float, ...]) -> Line:
+    return Line("w", "f", load, False, seconds, seconds, dict.fromkeys(seconds, 0.0))
 
-    lines = [line(0.9, 2.0, 4.0, 8.0), line(1.1, 8.0, 16.0, 4.0), line(0.3, 1.0, 1.0, 9.0)]
-    loaded = standings(lines, ("lbgr", "lmetric", "preble", "clairvoyant"), 1)[0]
+
+def test_standings_by_hand() -> None:
+    lines = [
+        line(0.9, lbgr=(2.0,), lmetric=(4.0,), preble=(8.0,), clairvoyant=(1.0,)),
+        line(1.1, lbgr=(8.0,), lmetric=(16.0,), preble=(4.0,), clairvoyant=(1.0,)),
+        line(0.3, lbgr=(1.0,), lmetric=(1.0,), preble=(9.0,), clairvoyant=(1.0,)),
+    ]
+    loaded = standings(lines, ("lbgr", "lmetric", "preble", "clairvoyant"))[0]
     assert (loaded.group, loaded.router, loaded.figure, loaded.points) == ("loaded", "lbgr", "mean", 2)
     assert loaded.to_best == pytest.approx((0.5 * 2.0) ** 0.5)
     assert loaded.to_single == pytest.approx((2 / 8 * 8 / 4) ** 0.5), "preble is the better single one"
     assert loaded.to_clairvoyant == pytest.approx(4.0)
-    assert loaded.worse == 1 and loaded.worst == pytest.approx(2.0)
+    assert loaded.worse == loaded.clearly == 1 and loaded.worst == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "worse", "clearly"),
+    [
+        ((1.1, 2.1, 3.1), (1.0, 2.0, 3.0), 1, 1),  # always a tenth above, however far apart the seeds are
+        ((1.01, 2.01, 3.01), (1.0, 2.0, 3.0), 1, 0),
+        ((1.5, 1.8, 3.1), (1.0, 2.0, 3.0), 0, 0),  # 6 % above, now and then below
+        ((0.9, 1.9, 2.9), (1.0, 2.0, 3.0), 0, 0),
+        ((1.01,), (1.0,), 0, 0),
+        ((1.03,), (1.0,), 1, 1),
+    ],
+)
+def test_a_point_is_worse_beyond_the_interval_of_the_paired_difference(
+    ours: tuple[float, ...], theirs: tuple[float, ...], worse: int, clearly: int
+) -> None:
+    found = standings([line(0.9, lbgr=ours, lmetric=theirs)], ("lbgr", "lmetric"))[0]
+    assert (found.worse, found.clearly) == (worse, clearly)
 
 
 def test_the_same_in_any_number_of_processes_and_written(tmp_path: Path) -> None:
     outcome = run(few(), ROUTERS, seeds=2)
     assert run(few(), ROUTERS, seeds=2, jobs=2) == outcome
     assert len(body(outcome)) == 2 and all(table.row_count for table in tables(outcome))
+    first = verdict(outcome)[0]
+    assert first.startswith(("lbgr, loaded: mean TTFT 0.", "lbgr, loaded: mean TTFT 1."))
+    assert "of the clairvoyant's" in first and "of 1 points" in first
     write(outcome, tmp_path)
     rows = list(csv.DictReader((tmp_path / "routing.csv").open()))
     assert len(rows) == 2 * len(ROUTERS) and all(float(row["ttft_mean"]) > 0 for row in rows)

@@ -11,6 +11,8 @@ import typer
 
 from kvist.cli.options import Config, Jobs, Json, Out, Seed, listed, numbers
 
+USUAL = ["lbgr,cache_aware,lmetric,kv_score,least_load,random"]
+
 
 def register(app: typer.Typer) -> None:
     app.command()(bench)
@@ -21,9 +23,13 @@ def bench(
         list[str],
         typer.Option(help="gsp, sharegpt, ultrachat, loogle or trace, as name[:FILE][:key=value,…]."),
     ] = ["gsp"],
-    routers: Annotated[list[str], typer.Option(help="Routing policies (kvist policies lists them).")] = [
-        "lbgr,cache_aware,lmetric,kv_score,least_load,random"
-    ],
+    routers: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Routing policies (kvist policies lists them): lbgr, cache_aware, lmetric, kv_score, "
+            "least_load, random; for --suite those that are compared."
+        ),
+    ] = None,
     evictions: Annotated[
         list[str] | None, typer.Option(help="Eviction policies: l-lru,rlt, and all of them for --suite.")
     ] = None,
@@ -92,7 +98,7 @@ def bench(
         if suite != "routing":
             _suite(evictions, traces, 16 if quick else block_size, quick, seeds, seed, jobs, out, as_json)
         if suite != "eviction":
-            _routing_suite(traces, quick, seeds, seed, jobs, out, as_json)
+            _routing_suite(routers, traces, quick, seeds, seed, jobs, out, as_json)
         return
     profiles = listed(profile, "--profile")
     for name in profiles:
@@ -105,7 +111,7 @@ def bench(
     for spec in workload:
         make_workload(spec, seed=seed)  # a wrong spec shows before anything runs
         for rate in paces:
-            for router in listed(routers, "--routers", [*ROUTERS, *SIMULATOR_ONLY]):
+            for router in listed(routers or USUAL, "--routers", [*ROUTERS, *SIMULATOR_ONLY]):
                 for eviction in names:
                     setup = SimConfig(
                         router=router,
@@ -203,20 +209,30 @@ def _suite(
 
 
 def _routing_suite(
-    traces: Path, quick: bool, seeds: int, seed: int, jobs: int, out: Path | None, as_json: bool
+    routers: list[str] | None,
+    traces: Path,
+    quick: bool,
+    seeds: int,
+    seed: int,
+    jobs: int,
+    out: Path | None,
+    as_json: bool,
 ) -> None:
     import msgspec
     from rich.console import Console
 
     from kvist.cli.progress import progress
-    from kvist.report.routesuite import tables, write
+    from kvist.report.routesuite import tables, verdict, write
     from kvist.routesuite import DEFAULT, FLEETS, LOADS, QUICK, points, run
+    from kvist.routing import ROUTERS
+    from kvist.sim import SIMULATOR_ONLY
 
+    names = listed(routers, "--routers", [*ROUTERS, *SIMULATOR_ONLY]) if routers else list(DEFAULT)
     found = points(traces if traces.is_dir() else None, QUICK if quick else LOADS)
     if quick:
         found = [point for point in found if point.fleet in FLEETS[:2]]
-    with progress(len(found) * len(DEFAULT) * seeds, "simulating") as advance:
-        outcome = run(found, seeds=seeds, seed=seed, jobs=jobs, progress=advance)
+    with progress(len(found) * len(names) * seeds, "simulating") as advance:
+        outcome = run(found, names, seeds=seeds, seed=seed, jobs=jobs, progress=advance)
     if out is not None:
         write(outcome, out)
     if as_json:
@@ -225,5 +241,7 @@ def _routing_suite(
     console = Console()
     for table in tables(outcome):
         console.print(table)
+    for line in verdict(outcome):
+        console.print(line, highlight=False)
     if out is not None:
         console.print(f"report: {out / 'routing.html'}")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 
 import msgspec
 from rich import box
 from rich.table import Table
 
+from kvist.bench import half_width
 from kvist.report import page
-from kvist.routesuite import CLAIRVOYANT, LOADED, Outcome, Standing
+from kvist.routesuite import CLAIRVOYANT, LOADED, SLACK, Outcome, Standing
 
-HEADS = ["points", "TTFT", "router", "to best", "to single", "to clairvoyant", "worse", "worst"]
+HEADS = ["points", "TTFT", "router", "to best", "to single", "to clairvoyant", "worse", "clearly", "worst"]
 
 
 def note() -> str:
@@ -20,7 +23,8 @@ def note() -> str:
         "Seconds to first token, mean / 99th percentile. Load: share of what the fleet gets through when all "
         f"requests come at once; from {LOADED:g} on it counts as loaded. To best: over the best baseline of "
         "each point, geometric mean; to single: over the one baseline that is best on all of the group; "
-        "worse: points beyond the intervals of both (one seed: 2 %). Below 1 is better."
+        "worse: points above the best baseline by more than the 95 % interval, paired by seed (one seed: "
+        f"{SLACK:.0%}), clearly: and by more than {SLACK:.0%}; worst: the largest ratio. Below 1 is better."
     )
 
 
@@ -28,11 +32,12 @@ def body(outcome: Outcome) -> list[list[tuple[str, bool]]]:
     """A row for each point; the smallest mean of those that do not know the truth is marked."""
     rows = []
     for line in outcome.lines:
-        top = min((line.mean[name] for name in outcome.routers if name != CLAIRVOYANT), default=0.0)
+        average = {name: mean(line.mean[name]) for name in outcome.routers}
+        top = min((average[name] for name in outcome.routers if name != CLAIRVOYANT), default=0.0)
         row = [(short(line.workload), False), (line.fleet, False), (f"{line.load:.0%}", False)]
         for name in outcome.routers:
-            text = f"{line.mean[name]:.3g} / {line.p99[name]:.3g}"
-            row.append((text, name != CLAIRVOYANT and line.mean[name] == top))
+            text = f"{average[name]:.3g} / {mean(line.p99[name]):.3g}"
+            row.append((text, name != CLAIRVOYANT and average[name] == top))
         rows.append(row)
     return rows
 
@@ -46,8 +51,28 @@ def standing(row: Standing) -> list[str]:
         f"{row.to_single:.2f}",
         f"{row.to_clairvoyant:.2f}" if row.to_clairvoyant else "",
         f"{row.worse}",
+        f"{row.clearly}",
         f"{row.worst:.2f}",
     ]
+
+
+def verdict(outcome: Outcome, router: str = "lbgr") -> list[str]:
+    """What the suite asks of a router, in words, group by group."""
+    lines = []
+    found = {(s.group, s.figure): s for s in outcome.standings if s.router == router}
+    for group in dict.fromkeys(group for group, _ in found):
+        average, tail = found[group, "mean"], found[group, "p99"]
+        words = f"{router}, {group}: mean TTFT {average.to_best:.2f} of each point's best fixed rule, "
+        words += f"{average.to_single:.2f} of the single best one"
+        if average.to_clairvoyant:
+            words += f", {average.to_clairvoyant:.2f} of the clairvoyant's"
+        words += f"; worse beyond the interval at {average.worse} of {average.points} points"
+        lines.append(f"{words}, in the 99th percentile at {tail.worse}")
+    return lines
+
+
+def _interval(values: Sequence[float]) -> float:
+    return half_width(values) if len(values) > 1 else 0.0
 
 
 def tables(outcome: Outcome) -> list[Table]:
@@ -78,13 +103,15 @@ def write(outcome: Outcome, out: Path) -> None:
         for line in outcome.lines:
             for name in outcome.routers:
                 point = [line.workload, line.fleet, line.load, line.held_out, name]
-                by_router = (line.mean, line.mean_ci, line.p99, line.p99_ci, line.hit_rate)
-                writer.writerow([*point, *(values[name] for values in by_router)])
+                average, tail = line.mean[name], line.p99[name]
+                found = [mean(average), _interval(average), mean(tail), _interval(tail), line.hit_rate[name]]
+                writer.writerow([*point, *found])
     (out / "routing.json").write_bytes(msgspec.json.encode(outcome))
     summary = [[(text, False) for text in standing(each)] for each in outcome.standings]
     parts = [
         page.table(HEADS, summary),
         page.note(note()),
+        *(page.note(line) for line in verdict(outcome)),
         page.heading("Points"),
         page.table(["workload", "fleet", "load", *outcome.routers], body(outcome)),
     ]

@@ -29,6 +29,7 @@ from kvist.routing.lbgr.worker import Fleet, Worker, fresh_model
 
 OBJECTIVES = {"ttft": "time to first token", "latency": "latency", "slo": "work within the target"}
 DECODERS = 0.5  # of a prefill's time is lost to each sequence that decodes beside it, for `latency`
+CROWD = 1.0  # a sequence will delay others by what those decoding delay it (Little's law)
 CLOSE, CLOSE_SECONDS = 0.05, 0.0025  # predictions that differ by less say nothing
 VERSION = 2
 
@@ -128,8 +129,7 @@ class LBGR(RoutingPolicy):
             ends.append(first + (output - 1) * (own.tpot if own.tpots else usual_tpot))
             works.append(work)
             features.append((1.0, ahead, held, crowd, over))
-            # Those decoding delay this one; by Little's law this one will delay others by as much.
-            tolls.append(factor * per_decode * crowd + stalls * pace * decoding * work)
+            tolls.append(CROWD * factor * per_decode * crowd + stalls * pace * decoding * work)
             waits.append(pace * (queue + usual) + late)
             rate += 1 / pace
             if pace < ideal:
