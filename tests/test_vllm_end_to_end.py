@@ -228,8 +228,8 @@ def test_a_fleet_under_rlt_gives_the_same_answers_and_its_caches_are_known(
         agreed += agreement("after the restart", later_log)
         assert agreed >= 0.95 * (len(log) + len(later_log))
 
-        # Next turns that overtake the engine's events: what these will say counts beforehand, a block of it in
-        # vain where the answer's text comes back as other tokens (these are random bytes).
+        # Next turns that overtake the engine's events: what these will say counts beforehand, a block of it
+        # in vain where the answer's text comes back as other tokens (these are random bytes).
         before = len(logged(launch))
         hurried = everybody(launch.url, 3, think=0)
         assert {n: [said.text for said in turns] for n, turns in hurried.items()} == plain
