@@ -52,6 +52,12 @@ def test_speed_rate_loop_and_limit(tmp_path: Path) -> None:
     assert len({q.id for q in looped}) == len(looped) == 12
     assert [q.arrival for q in looped] == [float(i) for i in range(12)]
     assert looped[0].prompt == looped[4].prompt
+    later = list(make_workload(f"trace:{path}:skip=5,limit=3"))
+    whole = list(make_workload(f"trace:{path}"))
+    assert [q.prompt for q in later] == [q.prompt for q in whole[5:8]]
+    assert [q.arrival for q in later] == [0.0, 1.0, 2.0]
+    with pytest.raises(ValueError, match="skip must be at least 0"):
+        make_workload(f"trace:{path}:skip=-1")
 
 
 @settings(max_examples=50, deadline=None)

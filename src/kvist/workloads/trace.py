@@ -28,7 +28,8 @@ class Trace(Workload):
     params = {
         "speed": "factor on the trace's own clock (1.0); with --rates the mean rate is set instead",
         "loop": "times to replay it, one after the other (1)",
-        "limit": "first so many requests only",
+        "skip": "requests left out at the beginning (0)",
+        "limit": "so many requests only",
         "clients": "conversations under way at once, for chat messages (64)",
     }
 
@@ -38,6 +39,7 @@ class Trace(Workload):
         file: str | None = None,
         speed: float = 1.0,
         loop: int = 1,
+        skip: int = 0,
         limit: int | None = None,
         clients: int = 64,
         rate: float | None = None,
@@ -48,8 +50,11 @@ class Trace(Workload):
             raise ValueError("trace: a file is needed, as in trace:FILE.jsonl")
         if not speed > 0 or loop < 1 or clients < 1 or (limit is not None and limit < 1):
             raise ValueError("trace: speed must be above 0, and loop, limit and clients at least 1")
+        if skip < 0:
+            raise ValueError(f"trace: skip must be at least 0, not {skip}")
         self.path = Path(file)
-        self.speed, self.loop, self.limit, self.clients = speed, loop, limit, clients
+        self.speed, self.loop, self.clients = speed, loop, clients
+        self.skip, self.limit = skip, limit
         self._read = _reader(self.path)
 
     def describe(self) -> str:
@@ -63,7 +68,7 @@ class Trace(Workload):
         start, number = 0.0, 0
         for _ in range(self.loop):
             last = gap = 0.0
-            for query in islice(self._read(self), self.limit):
+            for query in self._part():
                 gap = query.arrival - last if number else 0.0
                 last = query.arrival
                 query.id = number
@@ -72,9 +77,18 @@ class Trace(Workload):
                 yield query
             start += (last + max(gap, 1e-3)) / speed
 
+    def _part(self) -> Iterator[Query]:
+        """The requests that `skip` and `limit` leave, from time 0 on if any are skipped."""
+        end = None if self.limit is None else self.skip + self.limit
+        began: float | None = None if self.skip else 0.0
+        for query in islice(self._read(self), self.skip, end):
+            began = query.arrival if began is None else began
+            query.arrival -= began
+            yield query
+
     def _native_rate(self) -> float:
         requests, last = 0, 0.0
-        for query in islice(self._read(self), self.limit):
+        for query in self._part():
             requests, last = requests + 1, query.arrival
         return requests / last if last > 0 else 1.0
 
