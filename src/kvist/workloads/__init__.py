@@ -9,11 +9,11 @@ from kvist.workloads.base import Workload
 from kvist.workloads.conversations import ShareGPT, UltraChat
 from kvist.workloads.gsp import GSP
 from kvist.workloads.loogle import LooGLE
-from kvist.workloads.mixes import RAG, Agents, Scan, Tenants
+from kvist.workloads.mixes import RAG, Agents, Chats, Scan, Tenants
 from kvist.workloads.trace import Trace
 
 WORKLOADS: dict[str, type[Workload]] = {
-    w.name: w for w in (GSP, ShareGPT, UltraChat, LooGLE, RAG, Agents, Tenants, Scan, Trace)
+    w.name: w for w in (GSP, ShareGPT, UltraChat, LooGLE, Chats, RAG, Agents, Tenants, Scan, Trace)
 }
 
 

@@ -1,8 +1,10 @@
-"""Families without a benchmark of their own: rag, agents, tenants, scan. All generated."""
+"""Families without a benchmark of their own: chats, rag, agents, tenants, scan. All generated."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from heapq import heappop, heappush
+from itertools import count
 from random import Random
 
 from kvist.model import Query
@@ -56,6 +58,30 @@ class Pieces:
     def fresh(self, tokens: int) -> bytes:
         self._next += 1
         return self._filler.piece(self._next, tokens)
+
+
+class Chats(Mix):
+    name = "chats"
+    description = "Conversations whose users come back after a pause: soon as a rule, late at times."
+    structure = "8 system prompts, 6 turns in the mean, pauses of log-normal length, half below 55 requests"
+
+    def stream(self, rng: Random, pieces: Pieces) -> Iterator[tuple[bytes, str, bytes]]:
+        systems = [pieces.named(i, rng.choice((64, 256, 800))) for i in range(8)]
+        paused: list[tuple[int, str, bytes]] = []  # due, conversation, text
+        for now in count():
+            if paused and paused[0][0] <= now:
+                _, session, text = heappop(paused)
+            else:
+                session, text = f"chat{now}", rng.choice(systems)
+            text += pieces.fresh(_tokens(rng, 90))
+            yield text, session, b""
+            if rng.random() < 5 / 6:
+                pause = 1 + int(rng.lognormvariate(4, 1.5))
+                heappush(paused, (now + pause, session, text + pieces.fresh(_tokens(rng, 180))))
+
+
+def _tokens(rng: Random, typical: int) -> int:
+    return min(max(round(typical * rng.lognormvariate(0, 1)), 8), 2000)
 
 
 class RAG(Mix):
