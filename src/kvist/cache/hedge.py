@@ -6,7 +6,7 @@ class before the others. A class is what the tree shows of a block when it is us
 
 - on the way of a request, from its end upward, as long as all but one of the requests that reached a node
   went on to the next (a *line*: a conversation, or a fresh tail): the number of requests in the line, whether
-  it starts at the root, how often the request's last piece was asked for before, and how long that is;
+  it starts at the root, and how long the request's last piece is;
 - above that (a *template*): the number of requests.
 
 *Marking.* A phase is a maximal run of block requests with at most n distinct blocks. Where trust costs more
@@ -19,13 +19,16 @@ Classes, epochs and phases live in a history that outlives eviction (cache/histo
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from heapq import heapify, heappop, heappush
+from math import prod
 from random import Random
 from typing import TYPE_CHECKING
 
 from kvist.cache.base import EvictionPolicy
 from kvist.cache.hazard import HazardTable
 from kvist.cache.history import History, Record
+from kvist.cache.pools import Pools
 from kvist.model import Query
 from kvist.prefix.tree import Node, common_prefix
 
@@ -39,8 +42,8 @@ SLACK = 4  # unspent trust that a phase may take over, in longest requests
 _COUNTS = [0, 0, 1, 2, 3, 4, 5, 6, 7, *[8] * 4, *[9] * 8]  # requests of a line, by 0 … 16; more: 10
 _HITS = [0, 1, 2, 3, 4, 4, 5, 5, 5, *[6] * 7, *[7] * 16]  # requests of a template; more: 8
 _SIZES = (0.06, 0.2, 0.5, 1.0, 2.0, 4.0)
-_LINE, _TEMPLATE = (11, 2, 4, 7), (9,)
-_TEMPLATES = 11 * 2 * 4 * 7  # the first class of the second grid
+_LINE, _TEMPLATE = (11, 2, 7), (9,)
+_TEMPLATES = prod(_LINE)  # the first class of the second grid
 
 
 class Hedge(EvictionPolicy):
@@ -58,9 +61,9 @@ class Hedge(EvictionPolicy):
     def reset(self) -> None:
         size = self.cache.capacity_blocks
         self.table = HazardTable((_LINE, _TEMPLATE), HORIZONS)
-        self.history = History(self.cache.stride, size, self.table)
+        self.counts = self.table.counts
+        self.history = History(self.cache.stride, size, self.counts)
         self._clock = 0  # blocks served
-        self._epoch_began = 0
         self._epoch_length = max(size // EPOCHS, 1)
         self._requests, self._learn_at = 0, 8
         self._end: Node | None = None  # where the request being served ends, in the history
@@ -72,27 +75,26 @@ class Hedge(EvictionPolicy):
         self.marking = False
         self.budget = 0.0  # misses that trust may still cost
         self._asked = self._longest = 0  # blocks of the request being served, of the longest one lately
-        self._ancient: list[Node] = []
-        self._unmarked: list[Node] = []
+        self._pools = Pools()
 
     # What the cache tells.
 
     def begin(self, query: Query | None, now: float) -> None:
         self._classify()
         self._requests += 1
+        self.counts.served()
         self._longest = max(self._longest, self._asked)
         self._asked = 0
-        passed = self._clock - self._epoch_began
-        if passed >= self._epoch_length:
-            self._epoch_began = self._clock
-            self.table.tick(passed / self._epoch_length)
+        epoch = self._clock // self._epoch_length
+        if epoch != self.counts.epoch:
+            self.counts.epoch = epoch
             self.history.forget()
-            if self._requests >= self._learn_at:
-                self.table.learn()
-                self._learn_at = self._requests + min(self._requests // 8, 128)
-                self._changes = len(self._buckets)
             if self._changes >= len(self._buckets):
                 self._order()
+        if self._requests >= self._learn_at:
+            self.table.learn()
+            self._learn_at = self._requests + min(self._requests // 16, 128)
+            self._order()
 
     def hit(self, node: Node, now: float) -> None:
         here = node.state
@@ -110,13 +112,14 @@ class Hedge(EvictionPolicy):
 
     def insert(self, node: Node, now: float) -> None:
         """Cut the new node, and the history, so that each piece lies in one record; all of it was missed."""
-        self._classify()
         tree, history, stride = self.cache.tree, self.history, self.cache.stride
         parent = node.parent
         assert parent is not None
         at = history.tree.root if parent.parent is None else parent.state
         if parent.parent is not None and at.size > parent.size:
             at = self._cut(parent, parent.size)
+        if at is not self._end:  # the request before did not end here
+            self._classify()
         while True:
             ghost = at.children.get(node.first if at is history.tree.root else node.key[:stride])
             limit = history.size - history.distinct
@@ -160,12 +163,12 @@ class Hedge(EvictionPolicy):
         self._changes += 1
         self._file(node)
         if self.marking:
-            self._join_pool(node)
+            self._pools.join(node, self.history.phase)
 
     def retract(self, node: Node) -> None:
         if node.state.state.key is not None:
             self._unfile(node)
-        self._leave_pool(node)
+        self._pools.leave(node)
 
     def remove(self, node: Node) -> None:
         here = node.state
@@ -192,7 +195,6 @@ class Hedge(EvictionPolicy):
     def _use(self, here: Node) -> None:
         self._clock += here.size
         self.history.use(here)
-        self._refile(here)
         self._end = here
 
     def _classify(self) -> None:
@@ -217,12 +219,10 @@ class Hedge(EvictionPolicy):
             above = above.parent
 
     def _line(self, requests: int, top: Node, end: Node) -> int:
-        known: Record = end.state
         above = top.parent
         assert above is not None
         count = _COUNTS[requests] if requests < len(_COUNTS) else 10
-        number = (count * 2 + (above.parent is None)) * 4 + min(known.hits, 3)
-        return number * 7 + self._size(end.size)
+        return (count * 2 + (above.parent is None)) * 7 + self._size(end.size)
 
     def _template(self, node: Node) -> int:
         known: Record = node.state
@@ -230,7 +230,7 @@ class Hedge(EvictionPolicy):
 
     def _size(self, blocks: int) -> int:
         """Length beside that of the mean new piece."""
-        return _level(blocks * self._pieces / max(self._piece_blocks, 1), _SIZES)
+        return bisect_right(_SIZES, blocks * self._pieces / max(self._piece_blocks, 1))
 
     # Leaves by rank.
 
@@ -275,14 +275,14 @@ class Hedge(EvictionPolicy):
         elif not self.marking:
             self.budget -= missed
         if self.marking and recent != self.history.phase and here.state.key is not None:
-            self._leave_pool(here.state.cached)
-            self._join_pool(here.state.cached)
+            self._pools.leave(here.state.cached)
+            self._pools.join(here.state.cached, self.history.phase)
 
     def _begin_phase(self, above: Node) -> None:
         self.history.begin_phase(above)
         self._longest = max(self._longest, self._asked)
         self.budget = min(self.budget, SLACK * self._longest)
-        self._clear_pools()
+        self._pools.clear()
         self.marking = False
         if self.budget < 0:
             self._begin_marking()
@@ -291,38 +291,14 @@ class Hedge(EvictionPolicy):
         self.marking = True
         for bucket in self._buckets.values():
             for node in bucket:
-                self._join_pool(node)
+                self._pools.join(node, self.history.phase)
 
     def _evict_by_chance(self, blocks: int) -> int:
-        freed, random, trim = 0, self.rng.random, self.cache.trim
-        while freed < blocks and (pool := self._ancient or self._unmarked):
-            trim(pool[int(random() * len(pool))], 1)
+        freed, draw, trim = 0, self._pools.draw, self.cache.trim
+        while freed < blocks and (leaf := draw(self.rng)) is not None:
+            trim(leaf, 1)
             freed += 1
         return freed
-
-    def _join_pool(self, node: Node) -> None:
-        record, phase = node.state.state, self.history.phase
-        if record.phase == phase:
-            return
-        pool = self._unmarked if record.phase == phase - 1 else self._ancient
-        record.pool = pool
-        node.ticket = len(pool)
-        pool.append(node)
-
-    def _leave_pool(self, node: Node) -> None:
-        record = node.state.state
-        pool, record.pool = record.pool, None
-        if pool is not None:
-            last = pool.pop()
-            if last is not node:
-                pool[node.ticket] = last
-                last.ticket = node.ticket
-
-    def _clear_pools(self) -> None:
-        for pool in (self._ancient, self._unmarked):
-            for node in pool:
-                node.state.state.pool = None
-            pool.clear()
 
     # One record for each cached node.
 
@@ -339,7 +315,3 @@ class Hedge(EvictionPolicy):
 
     def _link(self, node: Node, here: Node) -> None:
         node.state, here.state.cached = here, node
-
-
-def _level(value: float, bounds: tuple[float, ...]) -> int:
-    return sum(value >= bound for bound in bounds)

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvist.cache.hazard import RING, HazardTable
+from kvist.cache.reuse import RING, ReuseCounts
 from kvist.prefix.tree import Node, RadixTree
 
-MEMORY = 8  # distinct blocks remembered, in cache sizes
+MEMORY = 32  # distinct blocks remembered, in cache sizes
 
 
 class Record:
@@ -45,10 +45,10 @@ class _Silent:
 
 
 class History:
-    """The tree, in blocks of `stride` bytes, for a cache of `size` blocks; keeps `table` up to date."""
+    """The tree, in blocks of `stride` bytes, for a cache of `size` blocks; keeps `counts` up to date."""
 
-    def __init__(self, stride: int, size: int, table: HazardTable) -> None:
-        self.table = table
+    def __init__(self, stride: int, size: int, counts: ReuseCounts) -> None:
+        self.counts = counts
         self.tree = RadixTree(stride, _Silent())
         self.tree.root.state = Record()
         self.size = size
@@ -75,38 +75,35 @@ class History:
         record.phase = self.phase
         return clean
 
-    def begin_phase(self, above: Node) -> list[Node]:
-        """A new phase, begun by a request that has come as far as `above`; the nodes it asks for again."""
+    def begin_phase(self, above: Node) -> None:
+        """A new phase, begun by a request that has come as far as `above`, whose path it asks for again."""
         self.phase += 1
         self.distinct = self.clean = 0
-        path, node = [], above
+        node = above
         while node.parent is not None:
-            path.append(node)
             node.state.phase = self.phase
             self.distinct += node.size
             node = node.parent
         kept, self._kept = self._kept, []
         for old in kept:
             self.release(old)
-        return path
 
     def use(self, node: Node) -> None:
-        """`node` was asked for again."""
+        """`node` was asked for again; `classify` follows."""
         record = node.state
-        self.table.used(record.kind, record.epoch, node.size)
+        self.counts.used(record.kind, record.epoch, node.size)
         record.hits += 1
-        self.classify(node, record.kind)
 
     def classify(self, node: Node, kind: int) -> None:
         """`node` was used in this epoch, as a block of class `kind`."""
-        record, table = node.state, self.table
-        epoch = table.epoch
+        record, counts = node.state, self.counts
+        epoch = counts.epoch
         moved = record.epoch != epoch or record.kind < 0
         if not moved and record.kind == kind:
             return
         if record.kind >= 0:
-            table.add(record.kind, record.epoch, -node.size)
-        table.add(kind, epoch, node.size)
+            counts.add(record.kind, record.epoch, -node.size)
+        counts.add(kind, epoch, node.size)
         record.kind, record.epoch = kind, epoch
         if moved:
             self._list(node)
@@ -130,7 +127,7 @@ class History:
 
     def forget(self) -> None:
         """Drop what is too much or too old. O(1) amortised per use of a node."""
-        epoch, limit = self.table.epoch, MEMORY * self.size
+        epoch, limit = self.counts.epoch, MEMORY * self.size
         while self.floor < epoch and (self.tree.total > limit or self.floor <= epoch - RING):
             self.floor += 1
             for node in reversed(self._by_epoch.pop(self.floor - 1, ())):
@@ -146,7 +143,7 @@ class History:
             if record.phase >= self.phase - 1:
                 self._kept.append(at)
                 return
-            self.table.add(record.kind, record.epoch, -at.size)
+            self.counts.lost(record.kind, record.epoch, at.size)
             self.tree.total -= at.size
             del parent.children[at.first]
             at.parent = at.state = None
