@@ -35,17 +35,32 @@ def test_the_same_in_several_processes() -> None:
 
 def test_table_and_files(tmp_path: Path) -> None:
     outcome = run(SPECS, ["rlt"], percent=(5.0,), seeds=2)
-    assert suite_table(outcome).row_count == len(body(outcome)) == 2 + 2 * 2
+    assert suite_table(outcome, 80).row_count == len(body(outcome)) == 2 + 2 * 2
     write(outcome, tmp_path)
     assert len((tmp_path / "suite.csv").read_text().splitlines()) == 1 + 2 * 3
     assert json.loads((tmp_path / "suite.json").read_text())["closed"]["belady"] == pytest.approx(1.0)
     assert "Gap closed" in (tmp_path / "report.html").read_text()
 
 
+def test_narrow_terminals_get_the_adaptive_policy_beside_the_best() -> None:
+    outcome = run(SPECS, ["rlt", "hedge", "fifo"], percent=(5.0,))
+    wide, narrow = suite_table(outcome, 200), suite_table(outcome, 50)
+    assert [column.header for column in wide.columns][2:] == ["l-lru", "rlt", "hedge", "fifo", "optimum"]
+    assert [column.header for column in narrow.columns][2:4] == ["l-lru", "hedge"]
+    assert narrow.row_count == 2 + 2
+    line = outcome.lines[0]
+    rivals = {name: rate for name, rate in line.hit_rates.items() if name not in ("hedge", "belady")}
+    best = max(rivals, key=rivals.__getitem__)
+    cells = [next(iter(column.cells)) for column in narrow.columns]
+    assert cells[4:6] == [f"{100 * rivals[best]:.1f}", best]
+    assert cells[6] == f"{100 * (line.hit_rates['hedge'] - rivals[best]):+.1f}"
+
+
 def test_traces_are_taken_where_they_are(tmp_path: Path) -> None:
     assert workloads(tmp_path / "gone") == workloads(None) == list(GENERATED)
     (tmp_path / "mooncake_conversation.jsonl").write_text("{}")
-    assert workloads(tmp_path)[-1] == f"trace:{tmp_path}/mooncake_conversation.jsonl:limit=4000"
+    trace = f"trace:{tmp_path}/mooncake_conversation.jsonl"
+    assert workloads(tmp_path)[-2:] == [f"{trace}:limit=4000", f"{trace}:skip=4000,limit=4000"]
 
 
 def test_unknown_suite(capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,6 +72,7 @@ def test_unknown_suite(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_held_out_workloads_are_reported_apart() -> None:
     assert in_design("gsp") and in_design("trace:/x/mooncake_conversation.jsonl:limit=4000")
+    assert not in_design("trace:/x/mooncake_conversation.jsonl:skip=4000,limit=4000")
     assert not in_design("gsp:order=grouped") and not in_design(
         "trace:/x/tau_airline_gpt4o_messages.jsonl.gz"
     )
@@ -66,7 +82,7 @@ def test_held_out_workloads_are_reported_apart() -> None:
     assert [row[0][0] for row in body(outcome)][-2:] == ["held out: gap closed", "held out: worst loss"]
 
 
-@pytest.mark.parametrize("name", ["rag", "agents", "tenants", "scan"])
+@pytest.mark.parametrize("name", ["chats", "rag", "agents", "tenants", "scan"])
 def test_generated_families(name: str) -> None:
     queries = list(make_workload(f"{name}:requests=600", seed=3))
     again = list(make_workload(f"{name}:requests=600", seed=3))

@@ -24,6 +24,7 @@ from kvist.spread import spread
 from kvist.workloads import make_workload
 
 BASE = "l-lru"
+ADAPTIVE = "hedge"
 GAP = 0.005
 PERCENT = (1.0, 3.0, 10.0, 30.0, 100.0)
 QUICK = (3.0, 30.0)
@@ -34,20 +35,29 @@ GENERATED = (
     "sharegpt",
     "ultrachat",
     "loogle",
+    "chats",
     "rag",
     "agents",
     "tenants",
     "scan",
 )
-# Workload and file of each trace; used where the folder of traces has the file.
-TRACES = {
-    "mooncake_conversation.jsonl": "trace:{}:limit=4000",
-    "tau_airline_gpt4o_messages.jsonl.gz": "trace:{}",
-    "sharegpt_llama31_tokids_300.jsonl.gz": "trace:{}",
-    "sharegpt_zh_1k_messages.jsonl.gz": "trace:{}",
-    "loogle_sample_docs.jsonl.gz": "loogle:{}",
-}
-DESIGN = ("gsp", "gsp:order=round_robin", "sharegpt", "loogle", "mooncake_conversation.jsonl")
+# File and workload of each trace; used where the folder of traces has the file.
+TRACES = (
+    ("mooncake_conversation.jsonl", "trace:{}:limit=4000"),
+    ("mooncake_conversation.jsonl", "trace:{}:skip=4000,limit=4000"),
+    ("tau_airline_gpt4o_messages.jsonl.gz", "trace:{}"),
+    ("sharegpt_llama31_tokids_300.jsonl.gz", "trace:{}"),
+    ("sharegpt_zh_1k_messages.jsonl.gz", "trace:{}"),
+    ("loogle_sample_docs.jsonl.gz", "loogle:{}"),
+)
+DESIGN = (
+    "gsp",
+    "gsp:order=round_robin",
+    "sharegpt",
+    "loogle",
+    "chats",
+    "mooncake_conversation.jsonl:limit=4000",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +101,14 @@ class Outcome:
 
 
 def in_design(spec: str) -> bool:
-    return spec in DESIGN or (":" in spec and Path(spec.split(":")[1]).name in DESIGN)
+    return spec in DESIGN or Path(spec.partition(":")[2]).name in DESIGN
 
 
 def workloads(traces: Path | None) -> list[str]:
     """The suite's workloads: generated ones, and the traces that the folder has."""
     if traces is None or not traces.is_dir():
         return list(GENERATED)
-    return [*GENERATED, *(spec.format(traces / f) for f, spec in TRACES.items() if (traces / f).is_file())]
+    return [*GENERATED, *(spec.format(traces / f) for f, spec in TRACES if (traces / f).is_file())]
 
 
 def run_unit(unit: Unit) -> list[tuple[int, dict[str, float]]]:

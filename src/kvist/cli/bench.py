@@ -201,7 +201,7 @@ def _suite(
         typer.echo(msgspec.json.encode(outcome).decode())
         return
     console = Console()
-    console.print(suite_table(outcome))
+    console.print(suite_table(outcome, console.width))
     if not traces.is_dir():
         console.print(f"generated workloads only: no traces in {traces} (--traces FOLDER)")
     if out is not None:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from kvist.cachebench import CEILING, Point
 from kvist.report import page, plots
-from kvist.suite import GAP, Outcome
+from kvist.suite import ADAPTIVE, BASE, GAP, Outcome
 
 
 def names(outcome: Outcome) -> list[str]:
@@ -60,11 +60,15 @@ def note() -> str:
     )
 
 
-def suite_table(outcome: Outcome) -> Table:
+def suite_table(outcome: Outcome, width: int) -> Table:
+    """All policies side by side where `width` characters hold them, else the adaptive one and the best."""
+    if 26 + sum(max(len(name), 4) + 1 for name in names(outcome)) <= width or ADAPTIVE not in names(outcome):
+        columns, rows = heads(outcome), body(outcome, intervals=False)
+    else:
+        columns, rows = _brief(outcome)
     table = Table(caption=note(), caption_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for i, text in enumerate(heads(outcome)):
+    for i, text in enumerate(columns):
         table.add_column(text, justify="left" if i == 0 else "right", no_wrap=i < 2, overflow="fold")
-    rows = body(outcome, intervals=False)
     previous = ""
     for i, row in enumerate(rows):
         first = "" if row[0][0] == previous else row[0][0]
@@ -73,6 +77,38 @@ def suite_table(outcome: Outcome) -> Table:
         cells = [f"[bold]{text}[/]" if good else text for text, good in row[1:]]
         table.add_row(first, *cells, end_section=ends)
     return table
+
+
+def _brief(outcome: Outcome) -> tuple[list[str], list[list[tuple[str, bool]]]]:
+    """The adaptive policy beside leaf-LRU, the best of the others and the optimum."""
+    rows = []
+    for line in outcome.lines:
+        rates, own = line.hit_rates, line.hit_rates[ADAPTIVE]
+        best = max((n for n in names(outcome) if n not in (ADAPTIVE, CEILING)), key=rates.__getitem__)
+        numbers = [f"{100 * rates[n]:.1f}" for n in (BASE, ADAPTIVE, best)]
+        cells = [*numbers, best, f"{100 * (own - rates[best]):+.1f}", f"{100 * rates[CEILING]:.1f}"]
+        leads = own >= rates[best]
+        rows.append(
+            [
+                (_short(line.workload), False),
+                (f"{line.percent:g}%", False),
+                *((text, leads and i == 1) for i, text in enumerate(cells)),
+            ]
+        )
+    for title, part in (("all", outcome), ("design", outcome.design), ("held out", outcome.held_out)):
+        if part is None:
+            continue
+        others = [n for n in names(part) if n not in (ADAPTIVE, CEILING)]
+        best = max(others, key=part.closed.__getitem__)
+        shares = [f"{100 * part.closed[n]:.0f}%" for n in (BASE, ADAPTIVE, best)]
+        rows.append(
+            [
+                (f"{title}: gap closed", False),
+                (f"{part.counted} pts", False),
+                *((text, False) for text in (*shares, best, f"{-100 * part.worst[ADAPTIVE]:.1f}", "")),
+            ]
+        )
+    return ["workload", "cache", BASE, ADAPTIVE, "best other", "", "lead", "optimum"], rows
 
 
 def write(outcome: Outcome, out: Path) -> None:
@@ -107,10 +143,11 @@ def _points(outcome: Outcome, spec: str) -> Sequence[Point]:
 
 
 def _short(spec: str) -> str:
-    """The workload's name and its parameters, or the file without folder and ending."""
+    """The workload's name and its parameters, or the file without folder and ending, and what is skipped."""
     name, *rest = spec.split(":")
     if not rest:
         return name
     if "=" in rest[0]:
         return f"{name} {rest[0].split('=')[-1]}"
-    return "_".join(Path(rest[0]).name.split(".")[0].split("_")[:2])
+    file = "_".join(Path(rest[0]).name.split(".")[0].split("_")[:2])
+    return f"{file} later" if "skip=" in rest[-1] else file
