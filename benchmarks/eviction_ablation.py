@@ -6,16 +6,18 @@ python benchmarks/eviction_ablation.py [--seeds 2] [--traces ../shared/traces]
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 from statistics import mean
 
-from kvist.cache import PrefixCache, hedge, history, make_eviction
+import numpy as np
+
+from kvist.cache import PrefixCache, hazard, hedge, history, make_eviction
 from kvist.cache.base import EvictionPolicy
 from kvist.cache.belady import Belady, Future
-from kvist.cache.hazard import Floats, HazardTable
 from kvist.cache.hedge import Hedge
+from kvist.cache.reuse import Floats, ReuseCounts
 from kvist.cachebench import working_set
 from kvist.model import Query
 from kvist.prefix.tree import Node
@@ -27,6 +29,8 @@ POINTS = [
     ("gsp:order=round_robin", (1, 3)),
     ("sharegpt", (3, 10, 30)),
     ("loogle", (10, 30)),
+    ("chats", (3, 10)),
+    ("rag", (3, 10)),
 ]
 
 
@@ -38,13 +42,7 @@ class NoLine(Hedge):
 class NoRoot(Hedge):
     def _line(self, requests: int, top: Node, end: Node) -> int:
         number = super()._line(requests, top, end)
-        return number // 56 * 56 + number % 28
-
-
-class NoRepeats(Hedge):
-    def _line(self, requests: int, top: Node, end: Node) -> int:
-        number = super()._line(requests, top, end)
-        return number // 28 * 28 + number % 7
+        return number // 14 * 14 + number % 7
 
 
 class NoLength(Hedge):
@@ -75,13 +73,22 @@ class NoMarking(Hedge):
         self.budget = 1e18
 
 
-def no_age(table: HazardTable) -> Floats:
-    hazard = _HAZARDS(table)
-    exposure = table.exposure + 1e-9
-    return hazard * 0 + ((hazard * exposure).sum(1) / exposure.sum(1))[:, None]
+def no_age(hazard: Floats, horizons: Sequence[np.ndarray]) -> Floats:
+    """A block's worth whatever its age: what it is at its use."""
+    return np.repeat(_DENSITIES(hazard, horizons)[:, :1], hazard.shape[1], axis=1)
 
 
-_HAZARDS = HazardTable.hazards
+def trusting(used: Floats, expected: Floats, chance: float) -> Floats:
+    """Levels as they are counted, but for one event of chance."""
+    return (used + chance) / (expected + chance)
+
+
+def of_blocks(counts: ReuseCounts, kind: int) -> float:
+    """Chance in units of a block, as if those of one request were independent."""
+    return 1.0
+
+
+_DENSITIES = hazard._densities
 
 
 def with_(module: object, name: str, value: object) -> Callable[[], Callable[[], None]]:
@@ -103,12 +110,13 @@ ROWS: dict[str, tuple[type[Hedge], Callable[[], Callable[[], None]]]] = {
     "hedge": (Hedge, nothing),
     "- requests of the line": (NoLine, nothing),
     "- line starts at the root": (NoRoot, nothing),
-    "- repeats of the end": (NoRepeats, nothing),
     "- length of the last piece": (NoLength, nothing),
     "- requests of templates": (NoTemplate, nothing),
-    "- age": (Hedge, with_(HazardTable, "hazards", no_age)),
+    "- age": (Hedge, with_(hazard, "_densities", no_age)),
+    "- classes drawn together by chance": (Hedge, with_(hazard, "_shrunk", trusting)),
+    "- what is used together is one event": (Hedge, with_(ReuseCounts, "chance", of_blocks)),
     "- horizons but the first": (Hedge, with_(hedge, "HORIZONS", hedge.HORIZONS[:1])),
-    "- half of the memory (4 n)": (Hedge, with_(history, "MEMORY", 4)),
+    "- a quarter of the memory (8 n)": (Hedge, with_(history, "MEMORY", 8)),
     "- fallback (always trust)": (NoMarking, nothing),
     "only the fallback": (OnlyMarking, nothing),
 }
