@@ -32,9 +32,8 @@ class Sent:
         self.query = query
         self.slot = slot
         self.keys: Sequence[int] = ()
-        self.tip = (
-            0  # key of the last block on its way that the engine told of, or the prompt's last whole one
-        )
+        # Key of the last block on its way that the engine told of, or of the prompt's last whole one.
+        self.tip = 0
         self.rest = b""  # of the prompt, behind the tip
         self.end = 0
         self.until = 0.0
