@@ -85,6 +85,20 @@ def test_a_worker_reports_capacity_and_the_load_of_others() -> None:
         wait_for(lambda: rows()[0]["others"] == 0)
 
 
+def test_how_far_the_policys_predictions_hold_is_shown() -> None:
+    worker = engine("--speed=10")
+    with running([worker], "--policy=lbgr") as gateway:
+        for i in range(12):
+            call(gateway.url, "/v1/chat/completions", chat(f"{i} " * 300, model="tiny", max_tokens=2))
+        told = state(gateway.url)["workers"][0]["predictions"]
+        assert told["answers"] == 12 and told["error"] > 0 and told["pace"] > 0
+        assert metric(gateway.url, "kvist_worker_prediction_error", worker=worker.url) == told["error"]
+        assert metric(gateway.url, "kvist_worker_prediction_drift", worker=worker.url) == told["drift"]
+    with running([engine()], "--policy=cache_aware") as gateway:
+        assert state(gateway.url)["workers"][0]["predictions"] is None
+        assert b"kvist_worker_prediction_drift{" not in call(gateway.url, "/metrics")[1]
+
+
 def test_without_the_option_nothing_is_read() -> None:
     with running([engine()]) as gateway:
         row = state(gateway.url)["workers"][0]

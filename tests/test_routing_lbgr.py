@@ -130,6 +130,22 @@ def test_work_has_the_quadratic_term_of_attention() -> None:
     assert prefill_work(0, 100_000) == pytest.approx(300_000)
 
 
+@pytest.mark.parametrize("elsewhere", [0.0, 20.0, 500.0])
+def test_what_waits_for_another_gateways_requests_is_counted_once(elsewhere: float) -> None:
+    """A first token that is overdue waits for work that other gateways have told of: not for both."""
+    told = {}
+    for overdue in (False, True):
+        router = Router(make_policy("lbgr", rng=Random(0)))
+        worker = router.add_worker("a")
+        if overdue:
+            router.route(Query(0, pack(range(400))), 0.0)
+        worker.load_elsewhere = elsewhere
+        told[overdue] = router.route(Query(1, pack(range(1000, 1400))), 10.0).decision.predicted_ttft
+    assert told[False] is not None and told[True] is not None
+    late = 10.0 - 0.02 - 0.08 * 0.4032  # by the prior: its fixed part and its work
+    assert told[True] - told[False] == pytest.approx(max(late - 0.08 * elsewhere, 0.0), abs=1e-6)
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 50), st.floats(0, 100)), min_size=1, max_size=20))
 def test_the_price_lies_between_nobody_and_the_mean_queue(workers: list[tuple[int, float]]) -> None:

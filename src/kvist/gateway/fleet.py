@@ -138,6 +138,7 @@ class Fleet:
         """State of every worker, for /workers, metrics and the dashboard."""
         now = time.monotonic()
         states = {state.id: state for state in self.router.workers}
+        health = self.router.policy.health()
         return [
             {
                 "id": worker.id,
@@ -153,6 +154,7 @@ class Fleet:
                 "knows": self._knows(states[worker.id].slot),
                 "upstream_connections": worker.pool.open,
                 "others": states[worker.id].others,
+                "predictions": health.get(worker.id),
                 **_told(worker.report or Report()),
             }
             for worker in self.workers.values()

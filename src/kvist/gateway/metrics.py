@@ -115,6 +115,12 @@ class Collector:
         ):
             told = [((row["id"],), row[name]) for row in rows if row[name] is not None]
             yield family(Gauge, f"worker_{name}", text, ["worker"], told)
+        for name, text in (
+            ("error", "Usual relative error of the policy's predictions."),
+            ("drift", "Actual over predicted of late, 1: none."),
+        ):
+            told = [((row["id"],), row["predictions"][name]) for row in rows if row["predictions"]]
+            yield family(Gauge, f"worker_prediction_{name}", text, ["worker"], told)
         yield family(
             Gauge,
             "worker_breaker",

@@ -58,6 +58,8 @@ function workers(rows) {
   if (rows.some(row => row.running !== null)) // the workers' own metrics are read
     columns.splice(1, 0, ["Runs + waits", row => row.running === null ? "–" : `${row.running} + ${row.waiting ?? 0}`],
       ["KV in use", row => percent(row.kv_usage)]);
+  if (rows.some(row => row.predictions)) // actual over predicted, of late
+    columns.splice(-1, 0, ["Drift", row => row.predictions ? `× ${row.predictions.drift.toFixed(2)}` : "–"]);
   if (rows.some(row => row.knows !== "own")) columns.push(["KV events", row => text(row.knows)]);
   byId("workers-head").innerHTML = `<tr><th>Worker</th>${columns.map(([name]) => `<th data-label="${name}">${name}</th>`).join("")}</tr>`;
   byId("workers").innerHTML = rows.map(row => {

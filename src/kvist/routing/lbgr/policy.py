@@ -115,7 +115,9 @@ class LBGR(RoutingPolicy):
             pace = per_work * factor / 1000
             queue, late = own.queue.look(now, pace, factor * base) if waiting else (0.0, 0.0)
             if state.load_elsewhere:
-                queue += 1000 * state.load_elsewhere
+                elsewhere = 1000 * state.load_elsewhere
+                queue += elsewhere
+                late = max(late - pace * elsewhere, 0.0)  # what is overdue here waits for those
             over = 0.0
             if state.capacity:
                 over = own.held + miss + output - state.capacity
