@@ -220,9 +220,11 @@ def test_the_price_keeps_prefixes_together() -> None:
     """Under load fewer workers compute the same prefix than without it."""
     copies = {}
     for congestion in (0.0, 1.0):
-        cluster = Cluster(dict.fromkeys("abc", 0.2), congestion=congestion)
-        cluster.run(600, 24.0, 30, 5)
-        copies[congestion] = sum(len(groups) for groups in cluster.cached.values())
+        copies[congestion] = 0
+        for seed in range(4):
+            cluster = Cluster(dict.fromkeys("abc", 0.2), congestion=congestion)
+            cluster.run(600, 30.0, 30, seed)
+            copies[congestion] += sum(len(groups) for groups in cluster.cached.values())
     assert copies[1.0] < 0.85 * copies[0.0]
 
 
@@ -318,7 +320,7 @@ def test_reservations_are_given_back_once_whatever_happens(
     for worker in router.workers:
         own = policy._workers[worker.id]
         assert worker.waiting == worker.in_flight == worker.pending_prefill == 0
-        assert len(own.queue) == 0 and own.queue.total == own.held == worker.load == 0.0
+        assert len(own.queue) == 0 and own.queue.total == worker.load == 0.0
         assert all(isfinite(t) and t >= 0 for t in (*own.model.theta, *own.used, own.tpot, own.pace))
 
 
@@ -356,11 +358,11 @@ def test_a_snapshot_survives_a_restart() -> None:
 @pytest.mark.parametrize(
     ("state", "words"),
     [
-        ({"a": {}}, "version: 2 expected"),
-        ({"version": 2, "workers": []}, "workers: an object"),
-        ({"version": 2, "workers": {"a": []}}, "a: an object"),
-        ({"version": 2, "workers": {"a": {"theta": [1]}}}, "a.theta: 5 finite numbers"),
-        ({"version": 2, "workers": {"a": {"theta": [1, 1, 1, 1, nan]}}}, "a.theta"),
+        ({"a": {}}, "version: 3 expected"),
+        ({"version": 3, "workers": []}, "workers: an object"),
+        ({"version": 3, "workers": {"a": []}}, "a: an object"),
+        ({"version": 3, "workers": {"a": {"theta": [1]}}}, "a.theta: 3 finite numbers"),
+        ({"version": 3, "workers": {"a": {"theta": [1, 1, nan]}}}, "a.theta"),
     ],
 )
 def test_a_snapshot_that_does_not_fit_is_refused(state: dict[str, object], words: str) -> None:

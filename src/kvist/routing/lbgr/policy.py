@@ -3,12 +3,12 @@
 For every worker the latency of this query is predicted, and the smallest, plus a price for the work it makes,
 wins. A prediction has these parts, all learned online per worker:
 
-    first token = intercept + pace * (work ahead + own work) + a_cached * cached + interference + memory
+    first token = intercept + pace * (work ahead + own work) + interference
     end         = first token + expected output tokens * time per output token
 
 Work is uncached tokens with prefill's quadratic term (`queue.prefill_work`); the work ahead is what the
-router has sent and not yet heard of (`queue.PrefillQueue`); interference comes from sequences decoding,
-memory from requests that do not fit the KV cache together. How it is learned: `worker`; the price: `price`.
+router has sent and not yet heard of (`queue.PrefillQueue`); interference comes from sequences decoding. How
+it is learned: `worker`; the price: `price`.
 
 What the published rule has and this has not: an exponentially decaying load. With the events of first tokens
 the work ahead is known, not guessed.
@@ -31,7 +31,7 @@ OBJECTIVES = {"ttft": "time to first token", "latency": "latency", "slo": "work 
 DECODERS = 0.5  # of a prefill's time is lost to each sequence that decodes beside it, for `latency`
 CROWD = 1.0  # a sequence will delay others by what those decoding delay it (Little's law)
 CLOSE, CLOSE_SECONDS = 0.05, 0.0025  # predictions that differ by less say nothing
-VERSION = 2
+VERSION = 3
 
 
 class LBGR(RoutingPolicy):
@@ -110,7 +110,7 @@ class LBGR(RoutingPolicy):
             used, drift = own.used, own.drift
             if not in_flight and answers - own.learned >= own.patience and work <= 4 * usual:
                 used, drift = fleet.fastest(own)  # not heard of for long: try it with something small
-            base, per_work, per_cached, per_decode, per_over = used
+            base, per_work, per_decode = used
             factor = exp(drift) if drift else 1.0
             pace = per_work * factor / 1000
             queue, late = own.queue.look(now, pace, factor * base) if waiting else (0.0, 0.0)
@@ -118,19 +118,13 @@ class LBGR(RoutingPolicy):
                 elsewhere = 1000 * state.load_elsewhere
                 queue += elsewhere
                 late = max(late - pace * elsewhere, 0.0)  # what is overdue here waits for those
-            over = 0.0
-            if state.capacity:
-                over = own.held + miss + output - state.capacity
-                over = over / 1000 if over > 0 else 0.0
             decoding = in_flight - waiting
-            ahead, held, crowd = (queue + work) / 1000, cached / 1000, (decoding + state.others) / 10
-            first = late + factor * (
-                base + per_work * ahead + per_cached * held + per_decode * crowd + per_over * over
-            )
+            ahead, crowd = (queue + work) / 1000, (decoding + state.others) / 10
+            first = late + factor * (base + per_work * ahead + per_decode * crowd)
             firsts.append(first)
             ends.append(first + (output - 1) * (own.tpot if own.tpots else usual_tpot))
             works.append(work)
-            features.append((1.0, ahead, held, crowd, over))
+            features.append((1.0, ahead, crowd))
             tolls.append(CROWD * factor * per_decode * crowd + stalls * pace * decoding * work)
             waits.append(pace * (queue + usual) + late)
             rate += 1 / pace
@@ -154,7 +148,7 @@ class LBGR(RoutingPolicy):
             scores,
             self._reason(scores, chosen, price),
             predicted_ttft=firsts[chosen],
-            memo=(*features[chosen], length - candidate.cached + output, works[chosen]),
+            memo=(*features[chosen], works[chosen]),
         )
 
     def _reason(self, scores: Sequence[float], chosen: int, price: float) -> str:
@@ -194,8 +188,7 @@ class LBGR(RoutingPolicy):
     def dispatched(self, ticket: Ticket, now: float) -> None:
         own = self._workers[ticket.worker.id]
         ticket.memo = ticket.decision.memo
-        held, work = ticket.memo[5], ticket.memo[6]
-        own.held += held
+        work = ticket.memo[-1]
         own.queue.add(ticket, work, now)
         own.state.load = own.queue.total / 1000
         self._fleet.mean_work += 0.02 * (work - self._fleet.mean_work)
@@ -217,7 +210,6 @@ class LBGR(RoutingPolicy):
         if own is None:
             return
         good = outcome.status is Status.OK
-        own.held = own.held - ticket.memo[5] if ticket.worker.in_flight else 0.0  # no rounding is left behind
         own.queue.remove(ticket, now, own.pace, computed=good)
         own.state.load = own.queue.total / 1000
         if outcome.status is Status.FAILED:
@@ -244,7 +236,7 @@ class LBGR(RoutingPolicy):
         return own if own is not None and own.state is ticket.worker and ticket.memo else None
 
     def _learn(self, own: Worker, ticket: Ticket, seen: float, now: float) -> None:
-        ratio = own.learn(ticket.memo[:5], seen, now)
+        ratio = own.learn(ticket.memo[:-1], seen, now)
         self._fleet.answered(own, ratio)
         self._fleet.heard(own)
 

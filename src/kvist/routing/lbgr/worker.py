@@ -14,15 +14,15 @@ from kvist.model import WorkerState
 from kvist.routing.lbgr.queue import PrefillQueue
 from kvist.routing.rls import RecursiveLeastSquares
 
-# Features: 1; work ahead and own, in 1000 tokens; cached tokens, in 1000; sequences decoding, in 10; tokens
-# beyond the KV capacity, in 1000. An 8B model needs about 0.02 s per 1000 tokens of work on an H100 and
-# 0.14 s on an L40; the first answers settle which it is. TOGETHER and SPREAD are in units of the relative
-# error: workers differ by a common factor above all, and each coefficient by some more.
-PRIOR = (0.02, 0.08, 0.001, 0.002, 0.02)
+# Features: 1; work ahead and own, in 1000 tokens; sequences decoding, in 10. An 8B model needs about 0.02 s
+# per 1000 tokens of work on an H100 and 0.14 s on an L40; the first answers settle which it is. TOGETHER and
+# SPREAD are in units of the relative error: workers differ by a common factor above all, and each coefficient
+# by some more.
+PRIOR = (0.02, 0.08, 0.002)
 TOGETHER = 4.0
-SPREAD = (0.04, 0.16, 0.02, 0.01, 0.3)
-BOUNDS = ((0.0, inf), (1e-5, inf), (0.0, inf), (0.0, inf), (0.0, inf))
-PACE, CACHED = 1, 2  # coefficients: seconds of 1000 tokens of work, and of 1000 cached tokens
+SPREAD = (0.04, 0.16, 0.01)
+BOUNDS = ((0.0, inf), (1e-5, inf), (0.0, inf))
+PACE = 1  # coefficient: seconds of 1000 tokens of work
 FLOOR = 0.02  # seconds that are added to both before predicted and actual are compared
 FAST = 0.05  # gain of the drift factor
 CHANGED = log(1.5)  # drift from which the worker is learned anew
@@ -45,7 +45,6 @@ class Worker:
     __slots__ = (
         "at",
         "drift",
-        "held",
         "learned",
         "model",
         "patience",
@@ -65,7 +64,6 @@ class Worker:
         self.queue = PrefillQueue(now)
         self.drift = 0.0  # log of actual over predicted, of late
         self.at = now  # of the last observation
-        self.held = 0.0  # KV tokens of the requests in flight: prompts without what was cached, and outputs
         self.tpot = 0.0  # seconds a further output token
         self.tpots = 0
         self.learned = 0  # the fleet's answers when this worker last gave one
@@ -144,9 +142,7 @@ class Fleet:
 
     def heard(self, own: Worker) -> None:
         """The worker's model has changed: set what it predicts with."""
-        used = list(own.model.theta)
-        used[CACHED] = min(used[CACHED], 0.5 * used[PACE])  # whatever the noise says
-        own.used = tuple(used)
+        own.used = tuple(own.model.theta)
         if self._fastest is own:
             self._fastest = None
         elif self._fastest is not None and own.used[PACE] < self._fastest.used[PACE]:
