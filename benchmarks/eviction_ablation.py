@@ -31,6 +31,7 @@ POINTS = [
     ("loogle", (10, 30)),
     ("chats", (3, 10)),
     ("rag", (3, 10)),
+    ("rag:picks=1,drift=0", (1, 3)),
 ]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from kvist.cache import RECOMMENDED
 from kvist.plugins import Unsupported
 from kvist.plugins.sglang import backend, register
 
@@ -43,8 +44,8 @@ def test_a_bad_variable_ends_the_process_with_one_line(
     assert message in str(ended.value) and "\n" not in str(ended.value)
 
 
-def test_only_the_backend_named_means_rlt() -> None:
-    assert backend.policy_of({}).name == "rlt"
+def test_only_the_backend_named_means_the_recommended_policy() -> None:
+    assert backend.policy_of({}).name == RECOMMENDED == "hedge"
     assert backend.policy_of({"KVIST_EVICTION": "slru,protect_after=3"}).protect_after == 3  # type: ignore[attr-defined]
     draws = [backend.policy_of({"KVIST_EVICTION_SEED": seed}).rng.random() for seed in ("4", "4", "5")]
     assert draws[0] == draws[1] != draws[2]

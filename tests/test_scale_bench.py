@@ -115,7 +115,7 @@ def peak(requests: int) -> int:
                 tracemalloc.start()
             yield query
 
-    simulate(queries(), SimConfig(workers=4, kv_tokens=2000))  # type: ignore[arg-type]
+    simulate(queries(), SimConfig(workers=4, kv_tokens=2000, eviction="rlt"))  # type: ignore[arg-type]
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     return most

@@ -82,11 +82,11 @@ def test_held_out_workloads_are_reported_apart() -> None:
     assert [row[0][0] for row in body(outcome)][-2:] == ["held out: gap closed", "held out: worst loss"]
 
 
-@pytest.mark.parametrize("name", ["chats", "rag", "agents", "tenants", "scan"])
+@pytest.mark.parametrize("name", ["chats", "rag", "rag:picks=1,drift=0", "agents", "tenants", "scan"])
 def test_generated_families(name: str) -> None:
-    queries = list(make_workload(f"{name}:requests=600", seed=3))
-    again = list(make_workload(f"{name}:requests=600", seed=3))
+    spec = f"{name}{',' if ':' in name else ':'}requests=600"
+    queries, again = list(make_workload(spec, seed=3)), list(make_workload(spec, seed=3))
     assert [q.prompt for q in queries] == [q.prompt for q in again]
     assert len(queries) == 600
-    _, hit_rate = working_set(f"{name}:requests=600", None, 3, 16)
+    _, hit_rate = working_set(spec, None, 3, 16)
     assert 0.2 < hit_rate < 0.95

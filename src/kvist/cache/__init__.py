@@ -35,6 +35,7 @@ _ALL: tuple[type[EvictionPolicy], ...] = (
     Belady,
 )
 EVICTIONS: dict[str, type[EvictionPolicy]] = {policy.name: policy for policy in _ALL}
+RECOMMENDED = Hedge.name  # what is used where nobody chooses; docs/eviction.md says why
 
 
 def make_eviction(name: str, *, rng: Random | None = None, **params: Any) -> EvictionPolicy:
@@ -47,4 +48,4 @@ def make_eviction(name: str, *, rng: Random | None = None, **params: Any) -> Evi
         raise ValueError(f"eviction policy {name}: {error}") from None
 
 
-__all__ = ["EVICTIONS", "EvictionPolicy", "Inserted", "Match", "PrefixCache", "make_eviction"]
+__all__ = ["EVICTIONS", "RECOMMENDED", "EvictionPolicy", "Inserted", "Match", "PrefixCache", "make_eviction"]

@@ -19,7 +19,7 @@ def engine(
     profile: Annotated[str, typer.Option(help="GPU and model: a shipped name or a .toml path.")] = (
         "llama-3.1-8b-l40"
     ),
-    eviction: Annotated[str, typer.Option(help="Eviction policy.")] = "rlt",
+    eviction: Annotated[str, typer.Option(help="Eviction policy.")] = "hedge",
     kv_tokens: Annotated[
         int | None, typer.Option(min=1, help="KV cache in tokens; without it what the GPU's memory leaves.")
     ] = None,

@@ -128,7 +128,7 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     embedded: Annotated[int, Meta(description="Start so many embedded engines (models of engines).")] = 0
     profile: Annotated[str, Meta(description="Of embedded engines: GPU and model.")] = "llama-3.1-8b-l40"
-    eviction: Annotated[str, Meta(description="Of embedded engines: eviction policy.")] = "rlt"
+    eviction: Annotated[str, Meta(description="Of embedded engines: eviction policy.")] = "hedge"
     kv_tokens: Annotated[int, Meta(description="Of embedded engines: cache in tokens, 0: the GPU's.")] = 0
     speed: Annotated[float, Meta(description="Of embedded engines: modelled seconds a second.")] = 1.0
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from kvist.cache import RECOMMENDED
 from kvist.engine.latency import DEFAULT_PROFILE
 
 
@@ -40,7 +41,7 @@ class SimConfig:
 
     router: str = "lbgr"
     router_params: dict[str, Any] = field(default_factory=dict)
-    eviction: str = "rlt"
+    eviction: str = RECOMMENDED
     eviction_params: dict[str, Any] = field(default_factory=dict)
     order: str = "fcfs"  # of the engines' waiting queues, see kvist.engine.order
     order_params: dict[str, Any] = field(default_factory=dict)

@@ -86,8 +86,27 @@ def _tokens(rng: Random, typical: int) -> int:
 
 class RAG(Mix):
     name = "rag"
-    description = "Retrieval: system prompt, two documents of Zipf popularity that drifts, a question."
-    structure = "400 documents, a tenth of the ranks redrawn every 100 requests"
+    description = "Retrieval: system prompt, documents of Zipf popularity that drifts, a question."
+    params = {
+        **Mix.params,
+        "picks": "documents in a prompt (2)",
+        "drift": "share of the ranks redrawn every 100 requests (0.1)",
+    }
+
+    def __init__(
+        self,
+        *,
+        picks: int = 2,
+        drift: float = 0.1,
+        requests: int = 2000,
+        rate: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(requests=requests, rate=rate, seed=seed)
+        if picks < 1 or not 0 <= drift <= 1:
+            raise ValueError("rag: picks must be at least 1, and drift from 0 to 1")
+        self.picks, self.drift = picks, drift
+        self.structure = f"400 documents, {drift:.0%} of the ranks redrawn every 100 requests"
 
     def stream(self, rng: Random, pieces: Pieces) -> Iterator[tuple[bytes, str, bytes]]:
         ranked = list(range(400))
@@ -97,11 +116,11 @@ class RAG(Mix):
         system = pieces.named(1000, 256)
         for number in range(self.requests):
             if number % 100 == 99:
-                for _ in range(40):
+                for _ in range(round(400 * self.drift)):
                     a, b = rng.randrange(400), rng.randrange(400)
                     ranked[a], ranked[b] = ranked[b], ranked[a]
-            found = sorted({ranked[i] for i in rng.choices(range(400), weights, k=2)}, key=ranked.index)
-            documents = b"".join(pieces.named(d, sizes[d]) for d in found)
+            ranks = sorted(set(rng.choices(range(400), weights, k=self.picks)))
+            documents = b"".join(pieces.named(ranked[i], sizes[ranked[i]]) for i in ranks)
             yield system + documents + pieces.fresh(64), "", b""
 
 

@@ -17,11 +17,10 @@ from importlib.metadata import version
 from random import Random
 from typing import Any
 
-from kvist.cache import EvictionPolicy, make_eviction
+from kvist.cache import RECOMMENDED, EvictionPolicy, make_eviction
 from kvist.plugins import EVICTION, SEED, Unsupported, chosen_eviction
 
 BACKEND = "kvist"
-DEFAULT_POLICY = "rlt"
 VERSIONS = ("0.5.23",)  # releases whose real classes the tests ran against
 UNTESTED = "KVIST_SGLANG_UNTESTED"
 
@@ -74,7 +73,7 @@ def policy_of(environ: Mapping[str, str]) -> EvictionPolicy:
     chosen = chosen_eviction(environ)
     if chosen is not None:
         return chosen
-    return make_eviction(DEFAULT_POLICY, rng=Random(int(environ.get(SEED, "0"))))
+    return make_eviction(RECOMMENDED, rng=Random(int(environ.get(SEED, "0"))))
 
 
 def check_version(installed: str, environ: Mapping[str, str]) -> None:
