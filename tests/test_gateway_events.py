@@ -92,6 +92,8 @@ def test_estimates_are_what_the_engines_count() -> None:
 def test_the_next_turn_may_come_at_once() -> None:
     """Before the engine's word for the last turn's prompt and answer."""
     with following(1) as (gateway, (worker,)):
+        assert call(gateway.url, CHAT, chat("first words " * 20, model="tiny", max_tokens=1))[0] == 200
+        wait_for(lambda: knows(gateway) == ["exact"])  # before its first word nothing is known of an engine
         talk = [{"role": "user", "content": "once upon a time " * 40}]
         for turn in range(16):
             body = {"messages": talk, "model": "tiny", "max_tokens": 5 + 3 * turn}
@@ -99,7 +101,7 @@ def test_the_next_turn_may_come_at_once() -> None:
             assert status == 200
             answer = json.loads(said)["choices"][0]["message"]
             talk += [answer, {"role": "user", "content": f"and turn {turn}?"}]
-        entries = state(gateway.url)["recent"]
+        entries = state(gateway.url)["recent"][1:]
         assert all(entry["cached"] == entry["cached_true"] for entry in entries), entries
         assert [entry["cached"] > 0 for entry in entries] == [False] + [True] * 15
         settle(gateway, worker)
