@@ -30,8 +30,8 @@ def test_three_times_what_the_workers_can_serve() -> None:
     assert found["offered"] > 2 * found["capacity"] > 0
     assert found["odd"] == {}, "whole answers, or 429 and 503 with Retry-After"
     assert sum(found["refused"].values()) > found["served"] / 2
-    assert found["goodput_over_capacity"] > 0.7, "beyond capacity it serves what it can"
-    assert found["latency_p99"] < 3, "the queue is bounded, so is the wait in it"
+    assert found["goodput_over_capacity"] > 0.5, "beyond capacity it serves what it can"
+    assert found["latency_p99"] < 6, "the queue is bounded, so is the wait in it (without: 10 s)"
     assert found["rss_most"] - found["rss_before"] < 48 << 20
 
 
