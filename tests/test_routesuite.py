@@ -9,7 +9,19 @@ from pathlib import Path
 import pytest
 
 from kvist.report.routesuite import body, tables, verdict, write
-from kvist.routesuite import FLEETS, Fleet, Line, Point, capacity, points, run, standings
+from kvist.routesuite import (
+    FLEETS,
+    MIXED,
+    Fleet,
+    Line,
+    Point,
+    Unit,
+    capacity,
+    points,
+    run,
+    run_unit,
+    standings,
+)
 
 WORKLOAD = "gsp:groups=8,prompts=8,lengths=512/1024"
 ROUTERS = ("lbgr", "lmetric", "least_load", "clairvoyant")
@@ -86,6 +98,14 @@ def test_the_same_in_any_number_of_processes_and_written(tmp_path: Path) -> None
     assert len(rows) == 2 * len(ROUTERS) and all(float(row["ttft_mean"]) > 0 for row in rows)
     assert json.loads((tmp_path / "routing.json").read_text())["seeds"] == 2
     assert "routing suite" in (tmp_path / "routing.html").read_text()
+
+
+@pytest.mark.parametrize("load", [0.3, 1.1])
+def test_slow_workers_of_a_mixed_fleet_get_no_burst(load: float) -> None:
+    """Few answers of a slow worker do not make it look like the fast ones, whose answers are many."""
+    point = Point("sharegpt:clients=150,message=128,output=64", MIXED[0], load)
+    p99 = {router: run_unit(Unit(point, router, (), 0)).ttft.p99 for router in ("lbgr", "lmetric")}
+    assert p99["lbgr"] < 0.8 * p99["lmetric"]
 
 
 def test_an_unknown_router_is_named() -> None:
