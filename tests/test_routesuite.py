@@ -108,6 +108,14 @@ def test_slow_workers_of_a_mixed_fleet_get_no_burst(load: float) -> None:
     assert p99["lbgr"] < 0.8 * p99["lmetric"]
 
 
+def test_workers_never_heard_of_are_tried_though_they_hold_nothing() -> None:
+    """All share a long prefix. The little that is new at the worker that has it is no measure of a try."""
+    workload = "gsp:groups=1,prompts=400,shared=0.95,lengths=4000,output=100"
+    point = Point(workload, Fleet("", (FLEETS[4].profiles[0],) * 4), 0.3)
+    ttft = {router: run_unit(Unit(point, router, (), 0)).ttft.mean for router in ("lbgr", "lmetric")}
+    assert ttft["lbgr"] < 2 * ttft["lmetric"]
+
+
 def test_an_unknown_router_is_named() -> None:
     with pytest.raises(ValueError, match="unknown routing policy 'best'"):
         run(few()[:1], ("best",))

@@ -108,8 +108,10 @@ class LBGR(RoutingPolicy):
             miss = length - cached if length > cached else 1  # an engine computes at least the last token
             work = miss + CONTEXT * miss * (cached + 0.5 * miss)  # prefill_work, inlined: it is in every loop
             used, drift = own.used, own.drift
-            if not in_flight and answers - own.learned >= own.patience and work <= 4 * usual:
-                used, drift = fleet.fastest(own)  # not heard of for long: try it with something small
+            if not in_flight and answers - own.learned >= own.patience:
+                small = work <= 4 * usual
+                if small or not own.model.observations:  # not heard of for long: with something small
+                    used, drift = fleet.fastest(own)
             base, per_work, per_decode = used
             factor = exp(drift) if drift else 1.0
             pace = per_work * factor / 1000

@@ -149,11 +149,13 @@ class Fleet:
             self._fastest = own
 
     def fastest(self, own: Worker) -> tuple[Coefficients, float]:
-        """(coefficients, drift) of the fastest worker known, for one that must be tried."""
+        """(coefficients, drift) of the fastest worker known, or its own, for one that must be tried."""
         if self._fastest is None:
             known = [worker for worker in self.workers.values() if worker.model.observations]
             self._fastest = min(known, key=lambda worker: worker.used[PACE], default=None)
-        best = self._fastest or own
+        best = self._fastest
+        if best is None or own.used[PACE] < best.used[PACE]:
+            best = own
         return best.used, best.drift
 
     def decoded(self, own: Worker, seconds: float) -> None:
