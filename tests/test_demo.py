@@ -54,7 +54,7 @@ def test_both_set_ups_serve_the_same_traffic(out: Path) -> None:
     data = json.loads((out / "result.json").read_text())
     usual, ours = data["setups"]
     assert (usual["router"], usual["eviction"]) == ("cache_aware", "l-lru")
-    assert (ours["router"], ours["eviction"]) == ("lbgr", "rlt")
+    assert (ours["router"], ours["eviction"]) == ("lbgr", "hedge")
     for setup in (usual, ours):
         assert setup["requests"] == 128 and setup["failed"] == 0
         assert 0 <= setup["hit_rate"] < 0.6, "half of each prompt can be shared"

@@ -101,7 +101,7 @@ def test_on_by_the_variable_alone(served: Any) -> None:
 @installed
 def test_on_by_the_flag_alone(served: Any) -> None:
     cache = served({}, radix_cache_backend="kvist")
-    assert (type(cache).__name__, cache.policy.name) == ("KvistRadixCache", "rlt")
+    assert (type(cache).__name__, cache.policy.name) == ("KvistRadixCache", RECOMMENDED)
 
 
 @installed

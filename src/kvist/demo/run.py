@@ -12,7 +12,7 @@ from kvist.demo.traffic import Sent, drive, jobs
 from kvist.workloads.gsp import GSP
 
 USUAL = ("cache_aware", "l-lru")
-OURS = ("lbgr", "rlt")
+OURS = ("lbgr", "hedge")
 LATE = 0.02  # seconds; beyond, the client's clock measures the machine
 
 

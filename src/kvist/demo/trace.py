@@ -8,7 +8,13 @@ from pathlib import Path
 from kvist.bench import Cell, Row, run
 from kvist.sim import SimConfig
 
-PAIRS = (("cache_aware", "l-lru"), ("lbgr", "l-lru"), ("lbgr", "rlt"), ("lmetric", "l-lru"))
+PAIRS = (
+    ("cache_aware", "l-lru"),
+    ("lbgr", "l-lru"),
+    ("lbgr", "rlt"),
+    ("lbgr", "hedge"),
+    ("lmetric", "l-lru"),
+)
 REQUESTS = 3000
 PROFILE = "llama-3.1-8b-h100"
 WORKERS = 8

@@ -34,7 +34,7 @@ WORDS = {
     "cache_aware": "cache_aware routing (longest known prefix, unless load is out of balance)",
     "l-lru": "eviction of the least recently used leaf",
     "lbgr": "LBGR routing (learns each worker's latency and takes the smallest)",
-    "rlt": "RLT eviction (randomized leaf tokens)",
+    "hedge": "hedge eviction (learns which prefixes are worth their space)",
 }
 
 
