@@ -49,10 +49,15 @@ DECODING = (  # short uncached work and long answers, for the mixed fleets
 HELD_OUT_GENERATED = (
     "ultrachat:clients=300,message=512,output=64",
     "gsp:groups=300,prompts=5,shared=0.8,lengths=2048/6000,output=32",
+    "chats:requests=1500",
+    "agents:requests=1500",
 )
-TRACES = {"mooncake_conversation.jsonl": "trace:{}:limit=1500"}
-HELD_OUT_TRACES = {
+TRACES = {
+    "mooncake_conversation.jsonl": "trace:{}:limit=1500",
     "tau_airline_gpt4o_messages.jsonl.gz": "trace:{}:limit=1500",
+}
+HELD_OUT_TRACES = {
+    "mooncake_conversation.jsonl": "trace:{}:skip=4000,limit=1500",
     "sharegpt_zh_1k_messages.jsonl.gz": "trace:{}:limit=1500",
     "azure2023_conv.csv": "trace:{}:limit=1500",
 }
