@@ -13,6 +13,7 @@ from rich.table import Table
 
 from kvist.bench import half_width
 from kvist.report import page
+from kvist.report.names import file_name
 from kvist.routesuite import CLAIRVOYANT, LOADED, SLACK, Outcome, Standing
 
 HEADS = ["points", "TTFT", "router", "to best", "to single", "to clairvoyant", "worse", "clearly", "worst"]
@@ -34,7 +35,11 @@ def body(outcome: Outcome) -> list[list[tuple[str, bool]]]:
     for line in outcome.lines:
         average = {name: mean(line.mean[name]) for name in outcome.routers}
         top = min((average[name] for name in outcome.routers if name != CLAIRVOYANT), default=0.0)
-        row = [(short(line.workload), False), (line.fleet, False), (f"{line.load:.0%}", False)]
+        row = [
+            (file_name(line.workload) or line.workload, False),
+            (line.fleet, False),
+            (f"{line.load:.0%}", False),
+        ]
         for name in outcome.routers:
             text = f"{average[name]:.3g} / {mean(line.p99[name]):.3g}"
             row.append((text, name != CLAIRVOYANT and average[name] == top))
@@ -116,11 +121,3 @@ def write(outcome: Outcome, out: Path) -> None:
         page.table(["workload", "fleet", "load", *outcome.routers], body(outcome)),
     ]
     (out / "routing.html").write_text(page.page("kvist bench: routing suite", parts), encoding="utf-8")
-
-
-def short(spec: str) -> str:
-    """The workload without a trace's folder, ending and limit."""
-    name, *rest = spec.split(":")
-    if name == "trace" and rest:
-        return "_".join(Path(rest[0]).name.split(".")[0].split("_")[:2])
-    return spec

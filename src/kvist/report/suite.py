@@ -12,6 +12,7 @@ from rich.table import Table
 
 from kvist.cachebench import CEILING, Point
 from kvist.report import page, plots
+from kvist.report.names import file_name
 from kvist.suite import ADAPTIVE, BASE, GAP, Outcome
 
 
@@ -143,11 +144,6 @@ def _points(outcome: Outcome, spec: str) -> Sequence[Point]:
 
 
 def _short(spec: str) -> str:
-    """The workload's name and its parameters, or the file without folder and ending, and what is skipped."""
+    """The workload's name and its parameters, or its file."""
     name, *rest = spec.split(":")
-    if not rest:
-        return name
-    if "=" in rest[0]:
-        return f"{name} {rest[0].split('=')[-1]}"
-    file = "_".join(Path(rest[0]).name.split(".")[0].split("_")[:2])
-    return f"{file} later" if "skip=" in rest[-1] else file
+    return file_name(spec) or (f"{name} {rest[0].split('=')[-1]}" if rest else name)
