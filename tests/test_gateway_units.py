@@ -82,7 +82,7 @@ def test_admission_never_lets_too_many_in_and_forgets_nobody(ops: list[tuple[str
                 active += 1
             else:
                 entry = admission.wait(
-                    priority, now, lambda n=now: started.append(n), lambda n=now: waiting.pop(n)
+                    priority, "key", now, lambda n=now: started.append(n), lambda n=now: waiting.pop(n)
                 )
                 assert (entry is None) == (len(waiting) == 3)
                 if entry is not None:
@@ -103,6 +103,17 @@ def test_admission_never_lets_too_many_in_and_forgets_nobody(ops: list[tuple[str
             admission.sweep(now)
             assert not before & set(waiting)
         assert (admission.active, admission.waiting) == (active, len(waiting))
+
+
+def test_keys_of_one_priority_take_turns() -> None:
+    admission = Admission(most=1, queue=10, timeout=10)
+    started: list[str] = []
+    assert admission.enter()
+    for name in ("loud 1", "loud 2", "loud 3", "quiet 1"):
+        assert admission.wait(0, name.split()[0], 0.0, lambda name=name: started.append(name), lambda: None)
+    for _ in range(4):
+        admission.leave()
+    assert started == ["loud 1", "quiet 1", "loud 2", "loud 3"]
 
 
 def test_rate_limits_refill_and_stay_bounded() -> None:

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("httptools")
 
+from kvist.gateway.admission import Admission
 from kvist.picker.core import Picker
 from kvist.picker.flight import Asked, Flight, Refused
-from kvist.picker.flow import FlowControl
 from kvist.picker.protocol import endpoint, in_subset, place_of, subset, url_of
 from kvist.picker.settings import build
 from kvist.prefix.index import PrefixIndex
@@ -145,7 +145,7 @@ def test_requests_without_a_prompt_go_to_the_idlest_and_count_nowhere() -> None:
     assert flight.places[0] != pool.places[0]
     picker.answered(flight, 200, flight.places[0], 0.1)
     picker.end(flight, Status.OK, b"", 0.1)
-    assert pool.told == [] and picker.flow.active == 0
+    assert pool.told == [] and picker.admission.active == 0
 
 
 def test_usage_and_times_are_learned() -> None:
@@ -196,7 +196,7 @@ def test_an_answer_after_the_end_reserves_nothing() -> None:
     flight = ask(picker)
     picker.end(flight, Status.OK, b"", 0.1)
     picker.answered(flight, 200, flight.places[1], 0.2)
-    assert pool.at_rest() and picker.flow.active == 0
+    assert pool.at_rest() and picker.admission.active == 0
 
 
 def test_served_by_a_stranger_gives_the_reservation_back() -> None:
@@ -204,7 +204,7 @@ def test_served_by_a_stranger_gives_the_reservation_back() -> None:
     flight = ask(picker)
     picker.answered(flight, 200, "10.9.9.9:1", 0.5)
     picker.end(flight, Status.OK, b"", 1.0)
-    assert pool.at_rest() and picker.flow.active == 0
+    assert pool.at_rest() and picker.admission.active == 0
 
 
 def test_errors_count_as_failures_and_a_lost_client_says_nothing_of_the_endpoint() -> None:
@@ -243,7 +243,7 @@ def test_a_saturated_pool_sheds_the_sheddable_and_lets_the_others_wait() -> None
     assert settled == [high, low]
     for flight in (high, low):
         picker.end(flight, Status.OK, b"", 2.0)
-    assert pool.at_rest() and picker.flow.active == picker.flow.waiting == 0
+    assert pool.at_rest() and picker.admission.active == picker.admission.waiting == 0
 
 
 def test_a_pool_that_says_it_has_enough_sheds_the_sheddable_only() -> None:
@@ -261,14 +261,14 @@ def test_waiting_ends_with_429_or_with_the_client() -> None:
     picker, pool = make(1, max_in_flight=1, queue_timeout=5.0)
     first, late, gone = ask(picker), ask(picker), ask(picker)
     picker.end(gone, Status.CANCELLED, b"", 1.0)
-    assert picker.flow.waiting == 1
+    assert picker.admission.waiting == 1
     picker.sweep(4.9)
     assert late.waiting
     picker.sweep(5.0)
     assert late.refused is not None and late.refused.status == 429
     picker.end(late, Status.CANCELLED, b"", 5.0)
     picker.end(first, Status.OK, b"", 6.0)
-    assert pool.at_rest() and picker.flow.active == picker.flow.waiting == 0
+    assert pool.at_rest() and picker.admission.active == picker.admission.waiting == 0
 
 
 def test_more_endpoints_make_more_room() -> None:
@@ -302,7 +302,7 @@ def test_endpoints_and_subsets() -> None:
 
 
 class SlowFlow:
-    """What FlowControl means, by looking at everything each time."""
+    """What Admission means, by looking at everything each time."""
 
     def __init__(self, most: int, queue: int, timeout: float) -> None:
         self.most, self.queue, self.timeout = most, queue, timeout
@@ -330,7 +330,7 @@ class SlowFlow:
 @given(st.data())
 def test_flow_control_is_what_its_slow_model_is(data: st.DataObject) -> None:
     most = data.draw(st.integers(1, 3))
-    fast, slow = FlowControl(most, 4, 10.0), SlowFlow(most, 4, 10.0)
+    fast, slow = Admission(most, 4, 10.0), SlowFlow(most, 4, 10.0)
     now, number = 0.0, 0
     started: list[int] = []
     refused: list[int] = []

@@ -202,7 +202,7 @@ def test_a_client_that_leaves_gives_the_reservation_back() -> None:
             exchange.receive(step, 0.0)
         exchange.close(1.0)
         exchange.close(2.0)
-        assert pool.at_rest() and picker.flow.active == 0
+        assert pool.at_rest() and picker.admission.active == 0
         assert sum(own.outcomes["cancelled"] for own in picker.metrics.workers.values()) == (until >= 2)
 
 
@@ -218,7 +218,7 @@ def test_a_waiting_request_goes_on_by_resume() -> None:
     assert turns == [1]
     assert kinds(second.resume()) == ["request_headers", "request_body"]
     second.close(2.0)
-    assert pool.at_rest() and picker.flow.active == 0
+    assert pool.at_rest() and picker.admission.active == 0
 
 
 def test_explained_on_request() -> None:
@@ -288,4 +288,4 @@ def test_messages_in_any_order_break_nothing(steps: list[bytes]) -> None:
         except ValueError:
             break
     exchange.close(1.0)
-    assert pool.at_rest() and picker.flow.active == picker.flow.waiting == 0
+    assert pool.at_rest() and picker.admission.active == picker.admission.waiting == 0

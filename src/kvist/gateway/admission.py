@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from heapq import heappop, heappush
 
 
 @dataclass(slots=True, eq=False)
@@ -18,7 +18,11 @@ class Waiting:
 
 
 class Admission:
-    """At most `most` requests under way and `queue` waiting; higher priority first, then first come."""
+    """At most `most` requests under way (0: no bound) and `queue` waiting, for `timeout` seconds each.
+
+    Higher priority first; flows (API keys, fairness ids) of one priority take turns; each flow is first come,
+    first served. All is O(1) but the search for the highest priority that waits, O(priorities).
+    """
 
     def __init__(self, most: int, queue: int, timeout: float) -> None:
         self.most = most
@@ -26,38 +30,63 @@ class Admission:
         self.timeout = timeout
         self.active = 0
         self.waiting = 0
-        self._heap: list[tuple[int, int, Waiting]] = []
-        self._turn = 0
+        self._bands: dict[int, OrderedDict[str, deque[Waiting]]] = {}
+
+    @property
+    def saturated(self) -> bool:
+        return bool(self.most) and (self.active >= self.most or self.waiting > 0)
 
     def enter(self) -> bool:
         """Take a place if one is free and nobody waits for it."""
-        if self.active < self.most and not self.waiting:
-            self.active += 1
-            return True
-        return False
+        if self.saturated:
+            return False
+        self.active += 1
+        return True
 
     def wait(
-        self, priority: int, now: float, start: Callable[[], None], refuse: Callable[[], None]
+        self, priority: int, flow: str, now: float, start: Callable[[], None], refuse: Callable[[], None]
     ) -> Waiting | None:
         """Queue up; None if the queue is full."""
         if self.waiting >= self.queue:
             return None
         entry = Waiting(start, refuse, now + self.timeout)
-        self._turn += 1
-        heappush(self._heap, (-priority, self._turn, entry))
+        self._bands.setdefault(priority, OrderedDict()).setdefault(flow, deque()).append(entry)
         self.waiting += 1
         return entry
 
     def leave(self) -> None:
-        """A request ended; the next one starts."""
+        """A request ended; the next may start."""
         self.active -= 1
-        while self._heap and self.active < self.most:
-            _, _, entry = heappop(self._heap)
-            if not entry.gone:
-                entry.gone = True
-                self.waiting -= 1
-                self.active += 1
-                entry.start()
+        self.admit()
+
+    def admit(self) -> None:
+        """Start those who wait while there is room (call after raising `most`)."""
+        while self.waiting and (not self.most or self.active < self.most):
+            entry = self._next()
+            if entry is None:
+                return
+            entry.gone = True
+            self.waiting -= 1
+            self.active += 1
+            entry.start()
+
+    def _next(self) -> Waiting | None:
+        while self._bands:
+            priority = max(self._bands)
+            flows = self._bands[priority]
+            while flows:
+                flow, line = flows.popitem(last=False)
+                while line and line[0].gone:
+                    line.popleft()
+                if line:
+                    entry = line.popleft()
+                    if line:
+                        flows[flow] = line  # behind the other flows
+                    elif not flows:
+                        del self._bands[priority]
+                    return entry
+            del self._bands[priority]
+        return None
 
     def cancel(self, entry: Waiting) -> None:
         """The client left while it waited."""
@@ -66,14 +95,21 @@ class Admission:
             self.waiting -= 1
 
     def sweep(self, now: float) -> None:
-        """Refuse those who have waited too long."""
-        for _, _, entry in self._heap:
-            if not entry.gone and now >= entry.deadline:
-                entry.gone = True
-                self.waiting -= 1
-                entry.refuse()
-        if len(self._heap) > 2 * self.waiting + 64:
-            self._heap = sorted(item for item in self._heap if not item[2].gone)
+        """Refuse those who have waited too long, and forget those who left."""
+        for priority in list(self._bands):
+            flows = self._bands[priority]
+            for flow in list(flows):
+                line = flows[flow]
+                while line and (line[0].gone or now >= line[0].deadline):  # each line is in order of deadline
+                    entry = line.popleft()
+                    if not entry.gone:
+                        entry.gone = True
+                        self.waiting -= 1
+                        entry.refuse()
+                if not line:
+                    del flows[flow]
+            if not flows:
+                del self._bands[priority]
 
 
 class RateLimits:

@@ -138,7 +138,7 @@ class Gateway:
             exchange.begin()
             return
         exchange.entry = self.admission.wait(
-            query.priority, self.now(), exchange.begin, exchange.refuse_queued
+            query.priority, caller, self.now(), exchange.begin, exchange.refuse_queued
         )
         if exchange.entry is None:
             client.owner = None

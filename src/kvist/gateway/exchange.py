@@ -298,13 +298,7 @@ class Exchange:
             self.client.abort()  # client_lost follows
             return
         if now < self.deadline and not self.client.started:
-            upstream, self.upstream = self.upstream, None
-            if upstream is not None:
-                upstream.exchange = None
-                upstream.close()
-            if self._connecting is not None:
-                self._connecting.cancel()
-                self._connecting = None
+            self._drop_upstream()
             self.response_failed("no answer in time", stale=False)
             return
         self._drop_upstream()

@@ -28,7 +28,7 @@ class Admin:
     # What the collector reads
     @property
     def admission(self) -> Any:
-        return self.picker.flow
+        return self.picker.admission
 
     @property
     def open_clients(self) -> int:
@@ -60,8 +60,8 @@ class Admin:
         return {
             "policy": self.fleet.router.policy.name,
             "streams": len(self.services.open),
-            "active": self.picker.flow.active,
-            "queued": self.picker.flow.waiting,
+            "active": self.picker.admission.active,
+            "queued": self.picker.admission.waiting,
             "objectives": self.picker.objectives,
             "workers": self.fleet.rows(),
         }

@@ -10,12 +10,12 @@ import itertools
 from collections.abc import Callable, Collection
 from heapq import nsmallest
 
+from kvist.gateway.admission import Admission
 from kvist.gateway.metrics import Metrics
 from kvist.gateway.prompt import BadBody, parse, to_query
 from kvist.gateway.settings import ROUTED
 from kvist.gateway.usage import read_usage
 from kvist.picker.flight import Asked, Endpoints, Flight, Prepare, Refused
-from kvist.picker.flow import FlowControl
 from kvist.picker.protocol import in_subset, place_of, url_of
 from kvist.picker.settings import PickerSettings
 from kvist.routing import NoWorker, Outcome, Status, Ticket
@@ -37,7 +37,7 @@ class Picker:
         self.prepare = prepare
         self.log = log
         self.metrics = Metrics()
-        self.flow = FlowControl(0, settings.queue_size, settings.queue_timeout)
+        self.admission = Admission(0, settings.queue_size, settings.queue_timeout)
         self.objectives = dict(settings.objectives)
         self._kinds = dict(ROUTED) | dict.fromkeys(settings.allow_paths, "any")
         self._numbers = itertools.count()
@@ -81,11 +81,11 @@ class Picker:
             raise Refused(503, "no endpoint is ready for this request", retry_after=1)
         self._bound(now)
         shed = query.priority < 0 and self.endpoints.saturated(query.model, now)
-        if not shed and self.flow.enter():
+        if not shed and self.admission.enter():
             return
         if query.priority < 0:
             raise Refused(429, "the pool is saturated and this request may be shed", retry_after=1)
-        flight.entry = self.flow.wait(
+        flight.entry = self.admission.wait(
             query.priority,
             flight.asked.fairness,
             now,
@@ -98,7 +98,7 @@ class Picker:
     def _bound(self, now: float) -> None:
         """The pool holds so many requests for each ready endpoint."""
         if self.settings.max_in_flight:
-            self.flow.most = self.settings.max_in_flight * max(len(self.endpoints.allowed("", now)), 1)
+            self.admission.most = self.settings.max_in_flight * max(len(self.endpoints.allowed("", now)), 1)
 
     def _choices(self, flight: Flight, now: float) -> Collection[str]:
         query, wanted = flight.query, flight.asked.subset
@@ -138,7 +138,7 @@ class Picker:
         try:
             ticket = router.route(flight.query, now, allowed)
         except NoWorker:
-            self.flow.leave()
+            self.admission.leave()
             raise Refused(503, "no endpoint is ready for this request", retry_after=1) from None
         flight.ticket = ticket
         flight.places = self._order(ticket, allowed)
@@ -216,7 +216,7 @@ class Picker:
         """The request ended, one way or another; `tail` is the end of the answer, where `usage` stands."""
         flight.gone = True
         if flight.entry is not None:
-            self.flow.cancel(flight.entry)
+            self.admission.cancel(flight.entry)
             flight.entry = None
             self.metrics.disconnects += 1
             return
@@ -226,7 +226,7 @@ class Picker:
             status = Status.FAILED
         self._complete(flight, status, tail, now)
         self._bound(now)
-        self.flow.leave()
+        self.admission.leave()
 
     def _complete(self, flight: Flight, status: Status, tail: bytes, now: float) -> None:
         ticket = flight.ticket
@@ -269,5 +269,5 @@ class Picker:
     def sweep(self, now: float) -> None:
         """Called a few times a second: requests that waited too long, endpoints that came."""
         self._bound(now)
-        self.flow.admit()
-        self.flow.sweep(now)
+        self.admission.admit()
+        self.admission.sweep(now)

@@ -119,7 +119,7 @@ async def _drain(
     services.go_away()
     while services.open and time.monotonic() < until:
         await asyncio.sleep(0.05)
-    log("stopped", streams=len(services.open), active=picker.flow.active)
+    log("stopped", streams=len(services.open), active=picker.admission.active)
 
 
 async def _sweep(
@@ -131,7 +131,7 @@ async def _sweep(
         await asyncio.sleep(SWEEP_SECONDS)
         now = time.monotonic()
         picker.sweep(now)
-        garbage.sweep(now, idle=not picker.flow.active)
+        garbage.sweep(now, idle=not picker.admission.active)
         admin.connections.sweep(now)
         for worker in fleet.workers.values():
             worker.pool.sweep(now)
