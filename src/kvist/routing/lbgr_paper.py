@@ -24,7 +24,7 @@ from random import Random
 
 from kvist.model import Query, WorkerState
 from kvist.routing.base import Candidate, Decision, Outcome, RoutingPolicy, Status, Ticket
-from kvist.routing.rls import RecursiveLeastSquares
+from kvist.routing.rls import RecursiveLeastSquares, checked
 
 # Seconds; seconds per 1000 cached, uncached and reserved tokens. An H100-class worker with an 8B model needs
 # about 0.02 s per 1000 uncached tokens, an L40 0.14 s; the first answers settle which it is.
@@ -228,13 +228,7 @@ class LBGRPaper(RoutingPolicy):
 
     def restore(self, state: dict[str, object]) -> None:
         """Applies to workers that are there and to those that join later."""
-        for worker_id, dump in state.items():
-            if not isinstance(dump, dict):
-                raise ValueError(f"{worker_id}: an object with theta, covariance, … expected")
-            try:
-                self._model().load(dump)
-            except ValueError as error:
-                raise ValueError(f"{worker_id}.{error}") from None
+        for worker_id, dump in checked(state, self._model).items():
             self._restored[worker_id] = dump
             own = self._workers.get(worker_id)
             if own is not None:

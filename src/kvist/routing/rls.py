@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite, sqrt
 from operator import mul
 
@@ -126,6 +126,22 @@ class RecursiveLeastSquares:
         self.theta = [min(max(float(t), low), high) for t, (low, high) in bounded]
         self.covariance = [[float(v) for v in row] for row in rows]
         self.error, self.observations = float(error), observations
+
+
+def checked(
+    dumps: Mapping[str, object], fresh: Callable[[], RecursiveLeastSquares]
+) -> dict[str, dict[str, object]]:
+    """Dumps of models by worker that a fresh model can load. Raises ValueError naming worker and field."""
+    found = {}
+    for worker_id, dump in dumps.items():
+        if not isinstance(dump, dict):
+            raise ValueError(f"{worker_id}: an object with theta, covariance, … expected")
+        try:
+            fresh().load(dump)
+        except ValueError as error:
+            raise ValueError(f"{worker_id}.{error}") from None
+        found[worker_id] = dump
+    return found
 
 
 def _numbers(value: object, n: int) -> bool:

@@ -26,6 +26,7 @@ from kvist.routing.lbgr.output import OutputLengths
 from kvist.routing.lbgr.price import delayed
 from kvist.routing.lbgr.queue import CONTEXT
 from kvist.routing.lbgr.worker import Fleet, Worker, fresh_model
+from kvist.routing.rls import checked
 
 OBJECTIVES = {"ttft": "time to first token", "latency": "latency", "slo": "work within the target"}
 DECODERS = 0.5  # of a prefill's time is lost to each sequence that decodes beside it, for `latency`
@@ -265,14 +266,7 @@ class LBGR(RoutingPolicy):
         workers = state.get("workers")
         if not isinstance(workers, dict):
             raise ValueError("workers: an object of workers by id expected")
-        for worker_id, dump in workers.items():
-            if not isinstance(dump, dict):
-                raise ValueError(f"{worker_id}: an object with theta, covariance, … expected")
-            try:
-                fresh_model(self.forgetting).load(dump)
-            except ValueError as error:
-                raise ValueError(f"{worker_id}.{error}") from None
-        for worker_id, dump in workers.items():
+        for worker_id, dump in checked(workers, lambda: fresh_model(self.forgetting)).items():
             self._restored[worker_id] = dump
             own = self._workers.get(worker_id)
             if own is not None:
