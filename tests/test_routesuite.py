@@ -14,9 +14,11 @@ from kvist.routesuite import (
     MIXED,
     Fleet,
     Line,
+    Outcome,
     Point,
     Unit,
     capacity,
+    losses,
     points,
     run,
     run_unit,
@@ -89,7 +91,7 @@ def test_a_point_is_worse_beyond_the_interval_of_the_paired_difference(
 def test_the_same_in_any_number_of_processes_and_written(tmp_path: Path) -> None:
     outcome = run(few(), ROUTERS, seeds=2)
     assert run(few(), ROUTERS, seeds=2, jobs=2) == outcome
-    assert len(body(outcome)) == 2 and all(table.row_count for table in tables(outcome))
+    assert len(body(outcome)) == 2 and all(table.row_count for table in tables(outcome, 200))
     first = verdict(outcome)[0]
     assert first.startswith(("lbgr, loaded: mean TTFT 0.", "lbgr, loaded: mean TTFT 1."))
     assert "of the clairvoyant's" in first and "of 1 points" in first
@@ -98,6 +100,25 @@ def test_the_same_in_any_number_of_processes_and_written(tmp_path: Path) -> None
     assert len(rows) == 2 * len(ROUTERS) and all(float(row["ttft_mean"]) > 0 for row in rows)
     assert json.loads((tmp_path / "routing.json").read_text())["seeds"] == 2
     assert "routing suite" in (tmp_path / "routing.html").read_text()
+
+
+def test_narrow_terminals_get_the_first_router_beside_the_best_rule() -> None:
+    lines = [
+        line(0.9, lbgr=(2.0,), lmetric=(4.0,), preble=(3.0,)),
+        line(1.1, lbgr=(9.0,), lmetric=(5.0,), preble=(7.0,)),
+    ]
+    routers = ("lbgr", "lmetric", "preble")
+    outcome = Outcome(routers, 1, lines, standings(lines, routers))
+    points, summary = tables(outcome, 80)
+    cells = [list(column.cells) for column in points.columns]
+    assert [column[0] for column in cells][1:4] == ["[bold]2 / 2[/]", "3 / 3", "preble"]
+    assert [column[1] for column in cells][1:4] == ["9 / 9", "[bold]5 / 5[/]", "lmetric"]
+    assert summary.row_count == len(outcome.standings) + 2
+    assert [(found[0].load, *found[1:]) for found in losses(lines, "lbgr")] == [
+        (1.1, "mean", "lmetric", pytest.approx(1.8)),
+        (1.1, "p99", "lmetric", pytest.approx(1.8)),
+    ]
+    assert sum("worse: " in words for words in verdict(outcome)) == 2
 
 
 @pytest.mark.parametrize("load", [0.3, 1.1])

@@ -297,6 +297,18 @@ def _standing(group: str, lines: Sequence[Line], router: str, figure: str, rival
     )
 
 
+def losses(lines: Sequence[Line], router: str) -> list[tuple[Line, str, str, float]]:
+    """(point, figure, best baseline, ratio to it) wherever `router` is above it by more than chance."""
+    found = []
+    for line in lines:
+        rivals = [name for name in line.mean if name in BASELINES and name != router]
+        for figure, values in (("mean", line.mean), ("p99", line.p99)):
+            best = min(rivals, key=lambda name: mean(values[name]), default=router)
+            if above(values[router], values[best]):
+                found.append((line, figure, best, _ratio(mean(values[router]), mean(values[best]))))
+    return found
+
+
 def above(ours: Sequence[float], theirs: Sequence[float]) -> bool:
     """Whether ours is larger by more than chance, seed by seed; of one seed by more than SLACK."""
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]

@@ -239,7 +239,7 @@ def _routing_suite(
         typer.echo(msgspec.json.encode(outcome).decode())
         return
     console = Console()
-    for table in tables(outcome):
+    for table in tables(outcome, console.width):
         console.print(table)
     for line in verdict(outcome):
         console.print(line, highlight=False)

@@ -14,9 +14,9 @@ from rich.table import Table
 from kvist.bench import half_width
 from kvist.report import page
 from kvist.report.names import file_name
-from kvist.routesuite import CLAIRVOYANT, LOADED, SLACK, Outcome, Standing
+from kvist.routesuite import BASELINES, CLAIRVOYANT, LOADED, SLACK, Outcome, Standing, losses
 
-HEADS = ["points", "TTFT", "router", "to best", "to single", "to clairvoyant", "worse", "clearly", "worst"]
+HEADS = ["points", "TTFT", "router", "to best", "to single", "clairvoyant", "worse", "clearly", "worst"]
 
 
 def note() -> str:
@@ -57,7 +57,7 @@ def standing(row: Standing) -> list[str]:
         f"{row.to_clairvoyant:.2f}" if row.to_clairvoyant else "",
         f"{row.worse}",
         f"{row.clearly}",
-        f"{row.worst:.2f}",
+        f"{row.worst:.2f}" if row.worst < 100 else f"{row.worst:.0f}",
     ]
 
 
@@ -73,6 +73,10 @@ def verdict(outcome: Outcome, router: str = "lbgr") -> list[str]:
             words += f", {average.to_clairvoyant:.2f} of the clairvoyant's"
         words += f"; worse beyond the interval at {average.worse} of {average.points} points"
         lines.append(f"{words}, in the 99th percentile at {tail.worse}")
+    if router in outcome.routers:
+        for line, figure, best, ratio in losses(outcome.lines, router):
+            where = f"{file_name(line.workload) or line.workload}, {line.fleet}, load {line.load:.0%}"
+            lines.append(f"worse: {figure} {ratio:.2f} of {best}: {where}")
     return lines
 
 
@@ -80,22 +84,51 @@ def _interval(values: Sequence[float]) -> float:
     return half_width(values) if len(values) > 1 else 0.0
 
 
-def tables(outcome: Outcome) -> list[Table]:
-    points = Table(caption=note(), caption_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for i, head in enumerate(["workload", "fleet", "load", *outcome.routers]):
-        points.add_column(head, justify="left" if i < 2 else "right", overflow="fold")
-    for row in body(outcome):
-        points.add_row(*(f"[bold]{text}[/]" if good else text for text, good in row))
-    summary = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for i, head in enumerate(HEADS):
-        summary.add_column(head, justify="left" if i < 3 else "right")
+def _brief(outcome: Outcome) -> list[Table]:
+    """The first router beside the best baseline of each point and the clairvoyant, a table a fleet."""
+    own, tables = outcome.routers[0], []
+    truth = CLAIRVOYANT if CLAIRVOYANT in outcome.routers else ""
+    previous = ""
+    for line, row in zip(outcome.lines, body(outcome), strict=True):
+        cells = {
+            name: f"[bold]{text}[/]" if good else text
+            for name, (text, good) in zip(outcome.routers, row[3:], strict=True)
+        }
+        title = f"{row[0][0]}, {line.fleet}"
+        if title != previous:
+            tables.append(Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0)))
+            for head, width in (("load", 5), (own, 18), ("best rule", 18), ("", 12), (truth, 18)):
+                tables[-1].add_column(head, justify="right", min_width=width)
+            previous = title
+        rivals = [name for name in outcome.routers if name in BASELINES and name != own]
+        best = min(rivals, key=lambda name: mean(line.mean[name]), default=own)
+        tables[-1].add_row(row[2][0], cells[own], cells[best], best, cells.get(truth, ""))
+    return tables
+
+
+def tables(outcome: Outcome, width: int) -> list[Table]:
+    """Points, all routers where `width` characters hold them, and the summary."""
+    if 48 + 16 * len(outcome.routers) <= width:
+        points = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+        for i, head in enumerate(["workload", "fleet", "load", *outcome.routers]):
+            points.add_column(head, justify="left" if i < 2 else "right", overflow="fold")
+        for row in body(outcome):
+            points.add_row(*(f"[bold]{text}[/]" if good else text for text, good in row))
+        found = [points]
+    else:
+        found = _brief(outcome)
+    summary = Table(caption=note(), caption_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for i, head in enumerate(HEADS[2:]):
+        summary.add_column(head, justify="right" if i else "left", no_wrap=True)
     previous = ""
     for each in outcome.standings:
-        if previous not in ("", each.group + each.figure):
+        group, figure, *cells = standing(each)
+        if previous != group + figure:
             summary.add_section()
-        previous = each.group + each.figure
-        summary.add_row(*standing(each))
-    return [points, summary]
+            summary.add_row(f"[bold]{group}, {figure}[/]")
+            previous = group + figure
+        summary.add_row(*cells)
+    return [*found, summary]
 
 
 def write(outcome: Outcome, out: Path) -> None:
