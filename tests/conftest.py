@@ -1,7 +1,7 @@
 """Property tests judge by results alone: a slow machine is no failure.
 
-They draw the same examples each time, so that a change and nothing else turns a test red. KVIST_EXPLORE=1 draws
-new ones.
+They draw the same examples each time, so that a change and nothing else turns a test red.
+KVIST_EXPLORE=1 draws new ones.
 """
 
 import os
