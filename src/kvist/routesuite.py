@@ -29,6 +29,7 @@ QUICK = (0.3, 0.9)
 LOADS = (0.3, 0.9, 1.1)
 LOADED = 0.6
 SLACK = 0.02  # above this share a difference is one, without an interval to tell
+FIGURES = ("mean", "p99")
 WARM = 0.1  # of the requests, not counted
 
 GENERATED = (
@@ -261,25 +262,19 @@ def standings(lines: Sequence[Line], routers: Sequence[str]) -> list[Standing]:
         "held out, light": [line for line in lines if not line.loaded and line.held_out],
     }
     return [
-        _standing(group, some, router, figure, [b for b in routers if b in BASELINES and b != router])
+        _standing(group, some, router, figure)
         for group, some in groups.items()
         if some
-        for figure in ("mean", "p99")
+        for figure in FIGURES
         for router in routers
     ]
 
 
-def _standing(group: str, lines: Sequence[Line], router: str, figure: str, rivals: Sequence[str]) -> Standing:
-    seeds: list[dict[str, tuple[float, ...]]] = [getattr(line, figure) for line in lines]
-    values = [{name: mean(each) for name, each in value.items()} for value in seeds]
-    ratios, worse, clearly = [], 0, 0
-    for value, by_seed in zip(values, seeds, strict=True):
-        best = min(rivals, key=lambda name: value[name], default=router)
-        ratio = _ratio(value[router], value[best])
-        ratios.append(ratio)
-        if above(by_seed[router], by_seed[best]):
-            worse += 1
-            clearly += ratio > 1.0 + SLACK
+def _standing(group: str, lines: Sequence[Line], router: str, figure: str) -> Standing:
+    values = [{name: mean(each) for name, each in getattr(line, figure).items()} for line in lines]
+    beside = [beside_best(line, figure, router) for line in lines]
+    ratios = [ratio for _, ratio, _ in beside]
+    rivals = _rivals(lines[0], router)
     singles = [_mean_ratio([_ratio(value[router], value[name]) for value in values]) for name in rivals]
     known = [value for value in values if CLAIRVOYANT in value]
     bound = _mean_ratio([_ratio(value[router], value[CLAIRVOYANT]) for value in known]) if known else 0.0
@@ -291,22 +286,27 @@ def _standing(group: str, lines: Sequence[Line], router: str, figure: str, rival
         _mean_ratio(ratios),
         max(singles, default=1.0),
         bound,
-        worse,
-        clearly,
+        sum(worse for _, _, worse in beside),
+        sum(worse and ratio > 1.0 + SLACK for _, ratio, worse in beside),
         max(ratios),
     )
 
 
+def _rivals(line: Line, router: str) -> list[str]:
+    return [name for name in line.mean if name in BASELINES and name != router]
+
+
+def beside_best(line: Line, figure: str, router: str) -> tuple[str, float, bool]:
+    """(the best other baseline of a point, `router` over it, whether it is above by more than chance)."""
+    values: dict[str, tuple[float, ...]] = getattr(line, figure)
+    best = min(_rivals(line, router), key=lambda name: mean(values[name]), default=router)
+    return best, _ratio(mean(values[router]), mean(values[best])), above(values[router], values[best])
+
+
 def losses(lines: Sequence[Line], router: str) -> list[tuple[Line, str, str, float]]:
     """(point, figure, best baseline, ratio to it) wherever `router` is above it by more than chance."""
-    found = []
-    for line in lines:
-        rivals = [name for name in line.mean if name in BASELINES and name != router]
-        for figure, values in (("mean", line.mean), ("p99", line.p99)):
-            best = min(rivals, key=lambda name: mean(values[name]), default=router)
-            if above(values[router], values[best]):
-                found.append((line, figure, best, _ratio(mean(values[router]), mean(values[best]))))
-    return found
+    beside = [(line, figure, *beside_best(line, figure, router)) for line in lines for figure in FIGURES]
+    return [(line, figure, best, ratio) for line, figure, best, ratio, worse in beside if worse]
 
 
 def above(ours: Sequence[float], theirs: Sequence[float]) -> bool:

@@ -44,7 +44,7 @@ class ReuseCounts:
         self.epoch = 0
         self.seen: Ints = np.zeros(0, dtype=int)  # classes that had blocks, ascending
         self._moves: list[tuple[int, int, int]] = []  # (class, epoch of last use, blocks)
-        self._used: list[tuple[int, int, int, int]] = []  # (class, age, epoch, blocks)
+        self._used: list[tuple[int, int, int, int]] = []  # (class, epoch of last use, epoch, blocks)
         self._lost: list[tuple[int, int, int, int]] = []
         self._requests: list[int] = []  # length of `_used` when each ended
         self._counted = 0  # epoch of the last `collect`
@@ -61,13 +61,11 @@ class ReuseCounts:
 
     def used(self, kind: int, epoch: int, blocks: int) -> None:
         """Blocks of a class, last used in `epoch`, were used again; `add` says where they go."""
-        age = self.epoch - epoch
-        self._used.append((kind, age if age < RING else RING - 1, self.epoch, blocks))
+        self._used.append((kind, epoch, self.epoch, blocks))
 
     def lost(self, kind: int, epoch: int, blocks: int) -> None:
         """Blocks of a class, last used in `epoch`, are no longer watched."""
-        age = self.epoch - epoch
-        self._lost.append((kind, age if age < RING else RING - 1, self.epoch, blocks))
+        self._lost.append((kind, epoch, self.epoch, blocks))
         self._moves.append((kind, epoch, -blocks))
 
     def served(self) -> None:
@@ -90,11 +88,11 @@ class ReuseCounts:
     def collect(self) -> tuple[Floats, Floats]:
         """(events, exposure) of the classes in `seen`, shape (classes, age buckets)."""
         self._count()
-        rows, starts = self.seen, EDGES
+        rows = self.seen
         ages = (self.epoch - np.arange(RING)) % RING
         alive = self._alive[rows[:, None], ages] * _WEIGHT
-        ended = self._ended[rows] + np.add.reduceat(alive, starts, axis=1)
-        exposure = self._partly[rows] + np.add.reduceat(alive * _WITHIN, starts, axis=1)
+        ended = self._ended[rows] + np.add.reduceat(alive, EDGES, axis=1)
+        exposure = self._partly[rows] + np.add.reduceat(alive * _WITHIN, EDGES, axis=1)
         later = np.cumsum(ended[:, :0:-1], axis=1)[:, ::-1]  # ended, or alive, beyond this bucket
         exposure[:, :-1] += later * WIDTH[:-1]
         return self._events[rows], exposure
@@ -106,24 +104,19 @@ class ReuseCounts:
         kept = (1 - FADE) ** (now - before)
         for counts in (self._events, self._ended, self._partly, self._sizes, self._squares):
             counts *= kept
-        if self._used:
-            kinds, _, _, blocks = np.array(self._used).T
-            request = np.searchsorted(self._requests, np.arange(len(blocks)), side="right")
-            for number, (start, end) in enumerate(zip(self.starts, self.starts[1:], strict=False)):
-                together = np.bincount(request, weights=blocks * ((kinds >= start) & (kinds < end)))
-                self._sizes[number] += together.sum()
-                self._squares[number] += (together**2).sum()
-        self._requests.clear()
         for ends in (self._used, self._lost):
             if not ends:
                 continue
-            kinds, ages, epochs, blocks = np.array(ends).T
-            at, weight = (kinds, _BUCKETS[ages]), blocks * (1 - FADE) ** (ages + now - epochs)
+            kinds, epochs, ended, blocks = np.array(ends).T
+            ages = np.minimum(ended - epochs, RING - 1)
+            at, weight = (kinds, _BUCKETS[ages]), blocks * (1 - FADE) ** (ages + now - ended)
             np.add.at(self._ended, at, weight)
             np.add.at(self._partly, at, weight * _WITHIN[ages])
             if ends is self._used:
                 np.add.at(self._events, at, weight)
+                self._group(kinds, blocks)
             ends.clear()
+        self._requests.clear()
         oldest = now - RING + 1
         if passed := min(now - before, RING - 1):
             gone = np.arange(oldest - passed, oldest) % RING
@@ -134,3 +127,11 @@ class ReuseCounts:
             np.add.at(self._alive, (kinds, np.maximum(epochs, oldest) % RING), blocks)
             self._moves.clear()
             self.seen = np.union1d(self.seen, kinds)
+
+    def _group(self, kinds: Ints, blocks: Ints) -> None:
+        """Add up what each request used again of each kind."""
+        request = np.searchsorted(self._requests, np.arange(len(blocks)), side="right")
+        for number, (start, end) in enumerate(zip(self.starts, self.starts[1:], strict=False)):
+            together = np.bincount(request, weights=blocks * ((kinds >= start) & (kinds < end)))
+            self._sizes[number] += together.sum()
+            self._squares[number] += (together**2).sum()

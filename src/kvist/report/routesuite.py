@@ -14,7 +14,7 @@ from rich.table import Table
 from kvist.bench import half_width
 from kvist.report import page
 from kvist.report.names import file_name
-from kvist.routesuite import BASELINES, CLAIRVOYANT, LOADED, SLACK, Outcome, Standing, losses
+from kvist.routesuite import CLAIRVOYANT, LOADED, SLACK, Outcome, Standing, beside_best, losses
 
 HEADS = ["points", "TTFT", "router", "to best", "to single", "clairvoyant", "worse", "clearly", "worst"]
 
@@ -100,8 +100,7 @@ def _brief(outcome: Outcome) -> list[Table]:
             for head, width in (("load", 5), (own, 18), ("best rule", 18), ("", 12), (truth, 18)):
                 tables[-1].add_column(head, justify="right", min_width=width)
             previous = title
-        rivals = [name for name in outcome.routers if name in BASELINES and name != own]
-        best = min(rivals, key=lambda name: mean(line.mean[name]), default=own)
+        best, _, _ = beside_best(line, "mean", own)
         tables[-1].add_row(row[2][0], cells[own], cells[best], best, cells.get(truth, ""))
     return tables
 
